@@ -1,0 +1,97 @@
+"""Reversible merge bundles: read and write `.rmb` directories with numpy alone.
+
+`docs/spec/bundle-v1.md` defines the format; nothing here needs torch or the strategies.
+"""
+
+from unmerge_bundle.encodings import (
+    AffineBasisEncoding,
+    DeltaEncoding,
+    Encoding,
+    FactorsEncoding,
+    Restores,
+)
+from unmerge_bundle.errors import (
+    AdapterNotInBundleError,
+    BlobError,
+    BlobSizeError,
+    BundleError,
+    DigestMismatchError,
+    InvalidInputError,
+    ManifestError,
+    ManifestTooLargeError,
+    MissingBlobError,
+    NonFiniteError,
+    NotABundleError,
+    OutputExistsError,
+    ReconstructionMismatchError,
+    TensorMismatchError,
+    UnsupportedVersionError,
+    WrongKindError,
+)
+from unmerge_bundle.measure import relative_errors
+from unmerge_bundle.model import (
+    FORMAT_VERSION,
+    Amount,
+    BaseModelId,
+    BundleSize,
+    ModuleErrors,
+    Source,
+    Strategy,
+)
+from unmerge_bundle.names import check_key, check_module_path, check_name
+from unmerge_bundle.reader import Bundle
+from unmerge_bundle.reader import open_bundle as open  # noqa: A004 - unmerge_bundle.open(path)
+from unmerge_bundle.reconstruct import reconstruct
+from unmerge_bundle.restored import MergedAdapter, Origin, RestoredAdapter, RestoredModule
+from unmerge_bundle.verify import Depth, Problem, VerifyReport, verify
+from unmerge_bundle.writer import AdapterRecord, BundleWriter, GenerationInfo, RecordedModule
+
+__all__ = [
+    "FORMAT_VERSION",
+    "AdapterNotInBundleError",
+    "AdapterRecord",
+    "AffineBasisEncoding",
+    "Amount",
+    "BaseModelId",
+    "BlobError",
+    "BlobSizeError",
+    "Bundle",
+    "BundleError",
+    "BundleSize",
+    "BundleWriter",
+    "DeltaEncoding",
+    "Depth",
+    "DigestMismatchError",
+    "Encoding",
+    "FactorsEncoding",
+    "GenerationInfo",
+    "InvalidInputError",
+    "ManifestError",
+    "ManifestTooLargeError",
+    "MergedAdapter",
+    "MissingBlobError",
+    "ModuleErrors",
+    "NonFiniteError",
+    "NotABundleError",
+    "Origin",
+    "OutputExistsError",
+    "Problem",
+    "ReconstructionMismatchError",
+    "RecordedModule",
+    "RestoredAdapter",
+    "RestoredModule",
+    "Restores",
+    "Source",
+    "Strategy",
+    "TensorMismatchError",
+    "UnsupportedVersionError",
+    "VerifyReport",
+    "WrongKindError",
+    "check_key",
+    "check_module_path",
+    "check_name",
+    "open",
+    "reconstruct",
+    "relative_errors",
+    "verify",
+]

@@ -1,0 +1,451 @@
+"""Opens a bundle and gives adapters back; needs neither torch nor the strategy that wrote it.
+
+What is used is checked first: `bundle.json` and the generation document when the bundle is opened,
+a payload by size and digest when something in it is first needed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from unmerge_bundle.arrays import DTYPES, FLOAT_DTYPES, Array, FloatDtype, all_finite
+from unmerge_bundle.blob import BlobReader
+from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding, Restores
+from unmerge_bundle.errors import (
+    AdapterNotInBundleError,
+    BlobError,
+    BlobSizeError,
+    DigestMismatchError,
+    ManifestError,
+    MissingBlobError,
+    NonFiniteError,
+    NotABundleError,
+    TensorMismatchError,
+    WrongKindError,
+)
+from unmerge_bundle.jsontext import parse_object
+from unmerge_bundle.model import (
+    MANIFEST_NAME,
+    MAX_DOCUMENT_BYTES,
+    MAX_MANIFEST_BYTES,
+    AdapterMetadata,
+    Amount,
+    BundleSize,
+    Descriptor,
+    FactorsModule,
+    Generation,
+    GenerationEntry,
+    ModuleEntry,
+    ModuleErrors,
+    check_size,
+    parse_generation,
+    parse_manifest,
+    parse_model,
+    sha256,
+)
+from unmerge_bundle.reconstruct import restore_affine_basis
+from unmerge_bundle.restored import MergedAdapter, Origin, RestoredAdapter, RestoredModule
+
+__all__ = ["Bundle", "open_bundle"]
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Open the bundle at `path` and check `bundle.json` and the current generation document.
+
+    Payloads are checked when first used: opening takes the same time whatever the bundle's size.
+
+    Raises:
+        NotABundleError: There is no bundle at `path`.
+        UnsupportedVersionError: Its format version is not the one this release reads.
+        DigestMismatchError: A document is damaged.
+        ManifestError: A document is malformed or contradicts another.
+        MissingBlobError: The generation document is missing.
+    """
+    root = Path(path)
+    file = root / MANIFEST_NAME
+    if not file.is_file():
+        raise NotABundleError(
+            f"no {MANIFEST_NAME} here; expected the path of a bundle directory", path=str(root)
+        )
+    manifest = parse_manifest(read_limited(file, MAX_MANIFEST_BYTES, str(file)), where=str(file))
+    entry = manifest.generations[-1]
+    parent = manifest.generations[-2].document.digest if len(manifest.generations) > 1 else None
+    generation = load_generation(root, entry, parent)
+    return Bundle(root, manifest.generations, generation)
+
+
+def read_limited(file: Path, limit: int, where: str) -> bytes:
+    """Return the content of `file`, never reading more than `limit` bytes.
+
+    Raises:
+        ManifestTooLargeError: It is larger.
+    """
+    check_size(file.stat().st_size, limit, where)
+    with file.open("rb") as stream:
+        data = stream.read(limit + 1)
+    check_size(len(data), limit, where)
+    return data
+
+
+def load_generation(root: Path, entry: GenerationEntry, parent: str | None) -> Generation:
+    """Return the generation document that `entry` names, checked against size, digest and entry.
+
+    Raises:
+        BundleError: It is missing, damaged, malformed, or not the generation `entry` says.
+    """
+    file = blob_file(root, entry.document)
+    where = str(file)
+    data = read_limited(file, MAX_DOCUMENT_BYTES, where)
+    if sha256(data) != entry.document.digest:
+        raise DigestMismatchError(
+            f"expected {entry.document.digest}, got {sha256(data)}; the file is damaged or was "
+            "changed: get it again",
+            path=where,
+        )
+    generation = parse_generation(data, where=where)
+    if (generation.number, generation.parent) != (entry.number, parent):
+        raise ManifestError(
+            f"is generation {generation.number} with parent {generation.parent}, {MANIFEST_NAME} "
+            f"lists generation {entry.number} with parent {parent}",
+            path=where,
+        )
+    return generation
+
+
+def blob_file(root: Path, descriptor: Descriptor) -> Path:
+    """Return the path of a blob after checking that it is there and has the size it should have.
+
+    Raises:
+        MissingBlobError: It is not there.
+        BlobSizeError: It has another size.
+    """
+    file = root / descriptor.file
+    if not file.is_file():
+        raise MissingBlobError(
+            "the bundle names this blob, but it is not there; get the bundle again", path=str(file)
+        )
+    size = file.stat().st_size
+    if size != descriptor.size:
+        raise BlobSizeError(
+            f"has {size} bytes, expected {descriptor.size}; the file is truncated or was changed: "
+            "get it again",
+            path=str(file),
+        )
+    return file
+
+
+class _Slot:
+    """One shared blob: opened and hashed by the first thread that needs it, others wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reader: BlobReader | None = None
+
+
+class Bundle:
+    """An open bundle, at its current generation. Safe to use from several threads at once.
+
+    Shared blobs stay mapped once used; an adapter's blob is opened, checked and closed by each
+    call that needs it, so that the number of open files does not grow with the adapters.
+
+    Attributes:
+        path: The bundle's directory.
+        generations: All generations, oldest first; the last one is what is read.
+        generation: The current generation's document.
+    """
+
+    def __init__(
+        self, path: Path, generations: tuple[GenerationEntry, ...], generation: Generation
+    ) -> None:
+        """Take checked documents; use `unmerge_bundle.open` instead."""
+        self.path = path
+        self.generations = generations
+        self.generation = generation
+        self._slots = {descriptor.digest: _Slot() for descriptor in generation.shared}
+        self._blobs = {adapter.name: adapter.blob for adapter in generation.adapters}
+
+    def __repr__(self) -> str:
+        kind = f"restores {self.restores}" if self.restores else "merged"
+        return (
+            f"<Bundle {str(self.path)!r}: {self.generation.strategy.method}, {kind}, "
+            f"{len(self.modules)} modules, {len(self.adapters)} adapters>"
+        )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that can be restored, sorted; empty for a merged result."""
+        return tuple(self._blobs)
+
+    @property
+    def modules(self) -> dict[str, ModuleEntry]:
+        """What the manifest says of each module, by path, sorted."""
+        return {module.path: module for module in self.generation.modules}
+
+    @property
+    def restores(self) -> Restores | None:
+        """What each adapter comes back as: "factors" or "delta"; `None` for a merged result."""
+        return self.generation.restores
+
+    def restore(self, name: str, *, dtype: FloatDtype | None = None) -> RestoredAdapter:
+        """Return adapter `name`, reading the shared blobs it needs and its own, no other.
+
+        Args:
+            name: One of `adapters`.
+            dtype: Dtype of the restored factors; by default each module's source dtype.
+
+        Raises:
+            WrongKindError: The bundle holds one merged result.
+            AdapterNotInBundleError: It holds no such adapter.
+            NonFiniteError: A value overflows the dtype.
+            BundleError: A blob is missing, damaged or malformed.
+        """
+        own, metadata = self.open_adapter(name)
+        errors = recorded_errors(own, metadata)
+        entries = self.modules
+        modules: dict[str, RestoredModule] = {}
+        for record in metadata.modules:
+            entry = entries[record.path]
+            tensors = {
+                **self._tensors(self.shared_blob(entry.blob), entry, entry.shared_shapes()),
+                **self._tensors(own, entry, entry.adapter_shapes()),
+            }
+            A, B = restore_affine_basis(
+                tensors, dtype=dtype or record.dtype, where=f"{record.path}, adapter {name!r}"
+            )
+            modules[record.path] = RestoredModule(
+                A=A,
+                B=B,
+                scaling=record.scaling,
+                source_scaling=record.source_scaling,
+                source_rank=record.rank,
+                errors=errors[record.path],
+            )
+        return RestoredAdapter(
+            name=name,
+            modules=modules,
+            # Copied, because a view would keep the blob mapped as long as the tensor lives.
+            verbatim={key: own.array(f"verbatim/{key}").copy() for key in metadata.verbatim},
+            config=metadata.config,
+            format=metadata.format,
+            base_model=metadata.base_model,
+            revision=metadata.revision,
+            source_digest=metadata.digest,
+            origin=self._origin(),
+        )
+
+    def errors(self, name: str) -> dict[str, ModuleErrors]:
+        """Return the errors recorded for adapter `name`, by module path.
+
+        Raises:
+            WrongKindError: The bundle holds one merged result.
+            AdapterNotInBundleError: It holds no such adapter.
+            BundleError: The adapter's blob is missing, damaged or malformed.
+        """
+        return recorded_errors(*self.open_adapter(name))
+
+    def merged(self) -> MergedAdapter:
+        """Return the merged result; its arrays are read-only views of the bundle's files.
+
+        Raises:
+            WrongKindError: The bundle restores adapters and holds no merged result.
+            BundleError: A blob is missing, damaged or malformed.
+        """
+        if self.restores is not None:
+            raise WrongKindError(
+                "the bundle restores its adapters and holds no merged one; use restore with one "
+                f"of {', '.join(self.adapters[:5])}{', …' if len(self.adapters) > 5 else ''}",
+                path=str(self.path),
+            )
+        modules: dict[str, FactorsEncoding[Array] | DeltaEncoding[Array]] = {}
+        for entry in self.generation.modules:
+            tensors = self._tensors(self.shared_blob(entry.blob), entry, entry.shared_shapes())
+            for tensor_name, tensor in tensors.items():
+                if not all_finite(tensor):
+                    raise NonFiniteError(
+                        f"tensor {tensor_name} holds NaN or an infinity; the bundle is not "
+                        "trustworthy",
+                        path=entry.path,
+                    )
+            modules[entry.path] = (
+                FactorsEncoding(A=tensors["A"], B=tensors["B"])
+                if isinstance(entry, FactorsModule)
+                else DeltaEncoding(delta=tensors["delta"])
+            )
+        return MergedAdapter(modules=modules, origin=self._origin())
+
+    def size(self) -> BundleSize:
+        """Return what the current generation takes, reading headers only.
+
+        Raises:
+            BundleError: A blob is missing or malformed.
+        """
+        manifest = (self.path / MANIFEST_NAME).stat().st_size
+        total = manifest + self.generations[-1].document.size
+        shared = Amount()
+        for descriptor in self.generation.shared:
+            total += descriptor.size
+            shared += _amount(self.open_blob(descriptor), "modules/")
+        adapters: dict[str, Amount] = {}
+        verbatim: dict[str, Amount] = {}
+        for name, descriptor in self._blobs.items():
+            total += descriptor.size
+            blob = self.open_blob(descriptor)
+            adapters[name] = _amount(blob, "modules/")
+            verbatim[name] = _amount(blob, "verbatim/")
+        counted = shared.bytes + sum(
+            amount.bytes for amounts in (adapters, verbatim) for amount in amounts.values()
+        )
+        return BundleSize(
+            shared=shared,
+            adapters=adapters,
+            verbatim=verbatim,
+            overhead=total - counted,
+            total=total,
+        )
+
+    def open_adapter(self, name: str) -> tuple[BlobReader, AdapterMetadata]:
+        """Return adapter `name`'s blob, its digest checked, and what its header says.
+
+        Raises:
+            WrongKindError: The bundle holds one merged result.
+            AdapterNotInBundleError: It holds no such adapter.
+            BundleError: The blob is missing, damaged, malformed, or not that adapter's.
+        """
+        if self.restores is None:
+            raise WrongKindError(
+                f"the bundle holds one merged result, so {name!r} cannot be restored from it; use "
+                "export (merged() in Python) to get the merged adapter",
+                path=str(self.path),
+            )
+        descriptor = self._blobs.get(name)
+        if descriptor is None:
+            near = difflib.get_close_matches(name, self.adapters, n=3)
+            hint = (
+                f"did you mean {', '.join(near)}?"
+                if near
+                else f"it holds {len(self.adapters)}, among them {', '.join(self.adapters[:5])}"
+            )
+            raise AdapterNotInBundleError(f"holds no adapter {name!r}; {hint}", path=str(self.path))
+        blob = self.open_blob(descriptor)
+        blob.check_digest(descriptor.digest)
+        return blob, self.adapter_metadata(name, blob)
+
+    def adapter_metadata(self, name: str, blob: BlobReader) -> AdapterMetadata:
+        """Return what the header of adapter `name`'s blob says, checked against the generation.
+
+        Raises:
+            BlobError: The header's text is missing or malformed, or describes another adapter.
+        """
+        if set(blob.metadata) != {"unmerge"}:
+            raise BlobError(
+                f'__metadata__ has the keys {sorted(blob.metadata)}, expected "unmerge" alone',
+                path=blob.where,
+            )
+        text = blob.metadata["unmerge"].encode("utf-8")
+        parse_object(text, where=blob.where, error=BlobError, floats=True)
+        metadata = parse_model(AdapterMetadata, text, where=blob.where, error=BlobError)
+        digests = {source.name: source.digest for source in self.generation.sources}
+        paths = tuple(module.path for module in metadata.modules)
+        if (metadata.name, metadata.digest) != (name, digests[name]):
+            raise BlobError(
+                f"describes adapter {metadata.name!r} with digest {metadata.digest}, expected "
+                f"{name!r} with {digests[name]}",
+                path=blob.where,
+            )
+        if paths != self.generation.adapter_paths(name):
+            raise BlobError(
+                f"describes {len(paths)} modules of adapter {name!r}, which are not the "
+                f"{len(self.generation.adapter_paths(name))} the generation document gives it",
+                path=blob.where,
+            )
+        return metadata
+
+    def shared_blob(self, index: int) -> BlobReader:
+        """Return a shared blob, its digest checked once however many threads ask.
+
+        Raises:
+            BundleError: It is missing, damaged or malformed.
+        """
+        descriptor = self.generation.shared[index]
+        slot = self._slots[descriptor.digest]
+        with slot.lock:
+            if slot.reader is None:
+                reader = self.open_blob(descriptor)
+                reader.check_digest(descriptor.digest)
+                slot.reader = reader
+            return slot.reader
+
+    def open_blob(self, descriptor: Descriptor) -> BlobReader:
+        """Return a blob with its size and header checked, its digest not yet.
+
+        Raises:
+            BundleError: It is missing, of another size, or no well-formed safetensors file.
+        """
+        file = blob_file(self.path, descriptor)
+        return BlobReader(file, where=str(file))
+
+    def _tensors(
+        self, blob: BlobReader, entry: ModuleEntry, shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Array]:
+        dtype = FLOAT_DTYPES[self.generation.store_dtype]
+        return {
+            name: expect(blob, f"modules/{entry.path}/{name}", dtype, shape)
+            for name, shape in shapes.items()
+        }
+
+    def _origin(self) -> Origin:
+        return Origin(
+            bundle=self.path.absolute().name,
+            digest=self.generations[-1].document.digest,
+            generation=self.generation,
+        )
+
+
+def expect(
+    blob: BlobReader, name: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
+) -> Array:
+    """Return tensor `name` of `blob` if it has this dtype and shape.
+
+    Raises:
+        TensorMismatchError: It is missing, or has not.
+    """
+    tensor = blob.array(name)
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise TensorMismatchError(
+            f"tensor {name!r} has dtype {tensor.dtype} and shape {tensor.shape}, expected {dtype} "
+            f"and {shape}",
+            path=blob.where,
+        )
+    return tensor
+
+
+def recorded_errors(blob: BlobReader, metadata: AdapterMetadata) -> dict[str, ModuleErrors]:
+    """Return the errors an adapter's blob records, by module path.
+
+    Raises:
+        TensorMismatchError: They are missing, of a wrong shape, NaN or negative.
+    """
+    count = (len(metadata.modules),)
+    factors = expect(blob, "errors/factors", DTYPES["F64"], count)
+    delta = expect(blob, "errors/delta", DTYPES["F64"], count)
+    # Not "any below 0": NaN is to be refused as well.
+    if not (bool((factors >= 0).all()) and bool((delta >= 0).all())):
+        raise TensorMismatchError("recorded errors hold NaN or negative numbers", path=blob.where)
+    return {
+        record.path: ModuleErrors(factors=float(of_factors), delta=float(of_delta))
+        for record, of_factors, of_delta in zip(metadata.modules, factors, delta, strict=True)
+    }
+
+
+def _amount(blob: BlobReader, prefix: str) -> Amount:
+    infos = [info for name, info in blob.tensors.items() if name.startswith(prefix)]
+    return Amount(
+        elements=sum(info.elements for info in infos),
+        bytes=sum(info.end - info.begin for info in infos),
+    )

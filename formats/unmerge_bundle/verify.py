@@ -1,0 +1,243 @@
+"""Checks a whole bundle and lists everything wrong with it, instead of stopping at the first."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from unmerge_bundle.arrays import FLOAT_DTYPES, Array
+from unmerge_bundle.blob import BlobReader
+from unmerge_bundle.errors import (
+    BundleError,
+    NotABundleError,
+    ReconstructionMismatchError,
+    TensorMismatchError,
+)
+from unmerge_bundle.measure import relative_errors
+from unmerge_bundle.model import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    Manifest,
+    parse_manifest,
+)
+from unmerge_bundle.reader import (
+    Bundle,
+    expect,
+    load_generation,
+    read_limited,
+    recorded_errors,
+)
+
+__all__ = ["Depth", "Problem", "VerifyReport", "verify"]
+
+Depth = Literal["structure", "digests", "reconstruction"]
+Originals: TypeAlias = Callable[[str], Mapping[str, tuple[Array, Array]]]
+
+# Recorded errors may have been measured by another BLAS, or on another device.
+_ABSOLUTE = 1e-6
+_RELATIVE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: the error's stable code, where, and what."""
+
+    code: str
+    path: str
+    message: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: The bundle.
+        depth: How far it was checked.
+        problems: Everything wrong, in the order it was met.
+        generations: Number of generations checked.
+        blobs: Number of distinct payloads checked.
+        adapters: Number of adapters restored (0 unless the depth is "reconstruction").
+        compared: Number of those compared with their originals.
+    """
+
+    path: str
+    depth: Depth
+    problems: tuple[Problem, ...] = ()
+    generations: int = 0
+    blobs: int = 0
+    adapters: int = 0
+    compared: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    path: str | os.PathLike[str],
+    depth: Depth = "digests",
+    originals: Originals | None = None,
+) -> VerifyReport:
+    """Check every generation of the bundle at `path`.
+
+    Args:
+        path: The bundle.
+        depth: "structure" checks documents, sizes and payload headers; "digests" also every
+            byte of every payload; "reconstruction" also restores every adapter of the current
+            generation, or reads the merged result, and checks that all values are finite.
+        originals: Gives an adapter's original factors, `(A, B)` by module path, from its name;
+            with it, and depth "reconstruction", the recorded errors are measured again (within
+            1e-6 absolute plus 1e-3 relative).
+
+    Returns:
+        The report; a bundle that cannot even be opened is a report with that one problem.
+
+    Raises:
+        ValueError: `originals` is given with another depth, where it would have no effect.
+    """
+    if originals is not None and depth != "reconstruction":
+        raise ValueError(f'originals need depth "reconstruction", got {depth!r}')
+    run = _Run(Path(path), depth)
+    with run.collecting():
+        run.check(originals)
+    return VerifyReport(
+        path=str(path),
+        depth=depth,
+        problems=tuple(run.problems),
+        generations=run.generations,
+        blobs=len(run.seen),
+        adapters=run.adapters,
+        compared=run.compared,
+    )
+
+
+@dataclass
+class _Run:
+    root: Path
+    depth: Depth
+    problems: list[Problem] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    generations: int = 0
+    adapters: int = 0
+    compared: int = 0
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Turn a bundle's error into a problem of the report, and go on behind the block."""
+        try:
+            yield
+        except BundleError as error:
+            message = str(error).removeprefix(f"{error.path}: ")
+            problem = Problem(error.code, error.path, message)
+            if problem not in self.problems:  # a bad shared blob spoils every adapter
+                self.problems.append(problem)
+
+    def check(self, originals: Originals | None) -> None:
+        file = self.root / MANIFEST_NAME
+        if not file.is_file():
+            raise NotABundleError(f"no {MANIFEST_NAME} here", path=str(self.root))
+        data = read_limited(file, MAX_MANIFEST_BYTES, str(file))
+        manifest = parse_manifest(data, where=str(file))
+        current = self._check_generations(manifest)
+        if self.depth == "reconstruction" and current is not None:
+            self._reconstruct(current, originals)
+
+    def _check_generations(self, manifest: Manifest) -> Bundle | None:
+        """Check all generations; return the current one, unless its document is bad."""
+        parent: str | None = None
+        bundle: Bundle | None = None
+        for entry in manifest.generations:
+            bundle = None
+            with self.collecting():
+                generation = load_generation(self.root, entry, parent)
+                bundle = Bundle(self.root, manifest.generations[: entry.number], generation)
+                self._check_blobs(bundle)
+            parent = entry.document.digest
+            self.generations += 1
+        return bundle
+
+    def _check_blobs(self, bundle: Bundle) -> None:
+        dtype = FLOAT_DTYPES[bundle.generation.store_dtype]
+        for index, descriptor in enumerate(bundle.generation.shared):
+            with self.collecting():
+                blob = self._open(bundle, descriptor)
+                for entry in bundle.generation.modules:
+                    if entry.blob == index:
+                        for tensor, shape in entry.shared_shapes().items():
+                            expect(blob, f"modules/{entry.path}/{tensor}", dtype, shape)
+        modules = bundle.modules
+        for adapter in bundle.generation.adapters:
+            with self.collecting():
+                blob = self._open(bundle, adapter.blob)
+                metadata = bundle.adapter_metadata(adapter.name, blob)
+                for record in metadata.modules:
+                    for tensor, shape in modules[record.path].adapter_shapes().items():
+                        expect(blob, f"modules/{record.path}/{tensor}", dtype, shape)
+                for key in metadata.verbatim:
+                    blob.array(f"verbatim/{key}")
+                recorded_errors(blob, metadata)
+
+    def _open(self, bundle: Bundle, descriptor: Descriptor) -> BlobReader:
+        blob = bundle.open_blob(descriptor)
+        if self.depth != "structure" and descriptor.digest not in self.seen:
+            blob.check_digest(descriptor.digest)
+        self.seen.add(descriptor.digest)
+        return blob
+
+    def _reconstruct(self, bundle: Bundle, originals: Originals | None) -> None:
+        if bundle.restores is None:
+            with self.collecting():
+                bundle.merged()
+            return
+        for name in bundle.adapters:
+            with self.collecting():
+                adapter = bundle.restore(name)
+                self.adapters += 1
+                if originals is None:
+                    continue
+                factors = originals(name)
+                if missing := sorted(adapter.modules.keys() ^ factors.keys()):
+                    raise TensorMismatchError(
+                        f"the original and the restored adapter differ in module {missing[0]!r} "
+                        f"and {len(missing) - 1} more; is it the right original?",
+                        path=name,
+                    )
+                for path, module in adapter.modules.items():
+                    with self.collecting():
+                        try:
+                            measured = relative_errors(
+                                factors[path],
+                                (module.A, module.B),
+                                source_scaling=module.source_scaling,
+                                scaling=module.scaling,
+                            )
+                        except ValueError as problem:
+                            raise TensorMismatchError(
+                                str(problem), path=f"{path}, adapter {name!r}"
+                            ) from problem
+                        for kind, recorded, found in (
+                            ("factor", module.errors.factors, measured.factors),
+                            ("delta", module.errors.delta, measured.delta),
+                        ):
+                            _compare(f"{path}, adapter {name!r}", kind, recorded, found)
+                self.compared += 1
+
+
+def _compare(where: str, kind: str, recorded: float, found: float) -> None:
+    if recorded == found:  # both infinite, too
+        return
+    allowed = _ABSOLUTE + _RELATIVE * recorded
+    if math.isinf(recorded) or not abs(found - recorded) <= allowed:
+        raise ReconstructionMismatchError(
+            f"{kind} error is {found:.6g}, the bundle records {recorded:.6g}; the original or the "
+            "bundle is not what it was",
+            path=where,
+        )
