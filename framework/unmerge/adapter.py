@@ -1,0 +1,90 @@
+"""An adapter in memory: factors per module path, verbatim tensors, and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["Adapter", "Factors"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's low-rank update, `delta = scaling · B @ A`.
+
+    Attributes:
+        A: `(rank, d_in)`, in the dtype it was stored in.
+        B: `(d_out, rank)`, likewise.
+        scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA; kept apart from the factors
+            so that it enters exactly once.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A and columns of B."""
+        return self.A.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """Number of input features."""
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Number of output features."""
+        return self.B.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One fine-tuned LoRA.
+
+    Attributes:
+        name: The adapter's name; see `unmerge_bundle.check_name` for what is allowed.
+        modules: Factors by module path (no `base_model.model.`, no `.weight`), sorted by path.
+        verbatim: Tensors that are no low-rank update (task heads, trained biases), by the key
+            they have in the source file, sorted.
+        config: Text of the source's configuration file, byte for byte, or "".
+        format: Name of the format it was read from, "peft".
+        base_model: Id of the base model, where the source names one.
+        revision: Revision of the base model, where the source names one.
+        source: Where it was read from, for people.
+    """
+
+    name: str
+    modules: Mapping[str, Factors]
+    verbatim: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    config: str = ""
+    format: str = "peft"
+    base_model: str | None = None
+    revision: str | None = None
+    source: str = ""
+
+    def digest(self) -> str:
+        """Return `sha256:…` over everything that makes the adapter: tensors, dtypes, scalings.
+
+        Two adapters have one digest exactly when their tensors agree bit for bit and are used
+        with the same scalings; name, configuration text and source do not count.
+        """
+        total = hashlib.sha256()
+        for path, factors in sorted(self.modules.items()):
+            total.update(f"module {path} {factors.scaling.hex()}\n".encode())
+            _update(total, "A", factors.A)
+            _update(total, "B", factors.B)
+        for key, tensor in sorted(self.verbatim.items()):
+            _update(total, f"verbatim {key}", tensor)
+        return f"sha256:{total.hexdigest()}"
+
+
+def _update(total: hashlib._Hash, label: str, tensor: torch.Tensor) -> None:
+    shape = "x".join(str(n) for n in tensor.shape)
+    total.update(f"{label} {str(tensor.dtype).removeprefix('torch.')} {shape}\n".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    total.update(data.numpy().data)

@@ -1,0 +1,141 @@
+"""Reading JSON and tensor files that others wrote, strictly: an error for whatever is not clear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from unmerge.errors import AdapterError
+from unmerge_bundle.errors import BundleError
+from unmerge_bundle.jsontext import parse_object
+
+__all__ = ["load_pickled", "load_safetensors", "parse_json_object", "read_bytes"]
+
+# safetensors' own limit; read before the header is believed.
+_MAX_HEADER_BYTES = 100_000_000
+_ZIP_MAGIC = b"PK\x03\x04"
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a small file.
+
+    Raises:
+        AdapterError: The file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parse one JSON object, refusing what parsers usually let through.
+
+    Args:
+        data: The bytes, which must be UTF-8.
+        where: The file, for messages.
+
+    Raises:
+        AdapterError: Not UTF-8, not JSON, not an object, a key given twice, or a number that is
+            NaN or infinite.
+    """
+    try:
+        return parse_object(data, where=where, error=BundleError, floats=True)
+    except BundleError as error:
+        raise AdapterError(f"{error}; the file is damaged, get it again") from error
+
+
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file, by name, mapped from the file without a copy.
+
+    The file must stay as it is while the tensors are in use.
+
+    Raises:
+        AdapterError: The file is truncated or malformed, names a tensor twice, or holds a dtype
+            that torch does not have.
+    """
+    _check_header(path)
+    tensors = {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors handle cannot be iterated)
+                tensors[key] = file.get_tensor(key)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except Exception as error:
+        # safetensors has an error class of its own for files; conversions to torch raise others.
+        raise AdapterError(
+            f"{path}: no readable safetensors file: {error}; it is truncated or damaged, "
+            "get it again"
+        ) from error
+    return tensors
+
+
+def load_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a `torch.save` file, by name, through torch's restricted unpickler.
+
+    Only tensors and plain containers can be in such a file; code in it is never run.
+
+    Raises:
+        AdapterError: The file is truncated, holds anything but named dense tensors, or asks for
+            code to be run.
+    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped.
+        document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        # The unpickler meets arbitrary bytes, so it can raise almost anything.
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"{path}: no tensors that can be loaded safely: {first_line} The file is damaged or "
+            "holds more than tensors; convert it to safetensors where you trust it"
+        ) from error
+    if not isinstance(document, dict):
+        raise AdapterError(
+            f"{path}: holds a {type(document).__name__}; expected a dictionary from names to "
+            "tensors; save the adapter again with PEFT"
+        )
+    tensors = {}
+    for key, value in document.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise AdapterError(
+                f"{path}: entry {key!r} is a {type(value).__name__}; expected named tensors only; "
+                "save the adapter again with PEFT"
+            )
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise AdapterError(
+                f"{path}: entry {key!r} is a sparse, quantised or empty-shell tensor; expected a "
+                "dense one; save the adapter again with dense tensors"
+            )
+        tensors[key] = value.detach()
+    return tensors
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that names one tensor twice, which the safetensors library accepts."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(size, _MAX_HEADER_BYTES))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(header) < max(size, 1):
+        raise AdapterError(
+            f"{path}: no readable safetensors file: its header is said to have {size} bytes, "
+            f"{len(header)} are there; it is truncated or damaged, get it again"
+        )
+    parse_json_object(header, f"{path} (header)")
+
+
+def _unreadable(path: Path, error: OSError) -> AdapterError:
+    return AdapterError(
+        f"{path}: cannot be read: {error.strerror or error}; check that it is there and readable"
+    )

@@ -1,0 +1,272 @@
+"""Versions, tags and writers: what is committed stays, and nobody's commit is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from filelock import Timeout
+
+from unmerge.errors import (
+    AdapterExistsError,
+    IncompatibleAdaptersError,
+    StoreError,
+    UnknownVersionError,
+)
+from unmerge.store import AdapterStore
+from unmerge.store.repository import StoreRepository
+
+
+def test_history_is_newest_first_with_tags(store: AdapterStore, kit: SimpleNamespace) -> None:
+    empty = store.version
+    store.add(kit.make("a"))
+    first = store.commit("first")
+    store.tag("v1")
+    store.add(kit.make("b"))
+    second = store.commit("second")
+    store.tag("latest")
+    store.tag("other", first)
+
+    newest, middle, oldest = store.history()
+    assert (newest.id, newest.parent, newest.message) == (second, first, "second")
+    assert (middle.id, middle.parent, middle.message) == (first, empty, "first")
+    assert (oldest.id, oldest.parent) == (empty, None)
+    assert newest.tags == ("latest",)
+    assert middle.tags == ("other", "v1")
+    assert abs(datetime.now(UTC) - newest.written_at) < timedelta(minutes=5)
+    assert store.tags() == {"latest": second, "other": first, "v1": first}
+    assert store.version == second
+
+
+def test_an_old_version_still_reads_the_old_set(store: AdapterStore, kit: SimpleNamespace) -> None:
+    store.add(kit.make("a"))
+    first = store.commit("first")
+    store.tag("v1")
+    before = kit.content(store.read_adapter("a"))
+    for name in "bcd":
+        store.add(kit.make(name))
+        store.commit(name)
+
+    for at in (first, first[:8], first[:6].lower(), "v1"):
+        old = AdapterStore.open(store.path, at=at)
+        assert (old.version, old.read_only, old.names()) == (first, True, ("a",))
+        assert [n for n, _ in old.read_module("layers.0.q_proj")] == ["a"]
+        assert kit.content(old.read_adapter("a")) == before
+        assert [v.message for v in old.history()] == ["first", "create store"]
+    assert store.names() == ("a", "b", "c", "d")
+    assert not store.read_only
+
+
+def test_a_store_opened_at_a_version_writes_nothing(
+    filled: AdapterStore, kit: SimpleNamespace
+) -> None:
+    old = AdapterStore.open(filled.path, at=filled.version)
+    for write in (
+        lambda: old.add(kit.make("new")),
+        lambda: old.commit("m"),
+        lambda: old.tag("t"),
+    ):
+        with pytest.raises(StoreError, match="read-only"):
+            write()
+    assert kit.state(filled.path) == (filled.version, filled.names())
+    assert filled.tags() == {}
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("ABCDEF", "no version's id"), ("AB", "at least 6"), ("", "at least 6"), ("v9", "at least")],
+)
+def test_unknown_versions(filled: AdapterStore, version: str, reason: str) -> None:
+    with pytest.raises(UnknownVersionError, match=reason):
+        filled.resolve(version)
+    with pytest.raises(UnknownVersionError, match=reason):
+        AdapterStore.open(filled.path, at=version)
+    with pytest.raises(UnknownVersionError, match=reason):
+        filled.tag("t", version)
+    assert filled.tags() == {}
+
+
+def test_tags_never_move(filled: AdapterStore, kit: SimpleNamespace) -> None:
+    first = filled.version
+    filled.tag("v1")
+    filled.add(kit.make("new"))
+    filled.commit("more")
+    with pytest.raises(StoreError, match=f'"v1" already names version {first}'):
+        filled.tag("v1")
+    for bad in ("", "a/b", "../x", " "):
+        with pytest.raises(StoreError, match="not allowed"):
+            filled.tag(bad)
+    assert filled.tags() == {"v1": first}
+
+
+def test_two_stores_interleave(store: AdapterStore, kit: SimpleNamespace) -> None:
+    other = AdapterStore.open(store.path)
+    store.add(kit.make("a"))
+    other.add(kit.make("b"))
+    store.commit("a")
+    assert other.names() == ()  # it reads the version it was opened at
+    other.commit("b")
+    assert other.names() == ("a", "b")
+    assert store.names() == ("a",)
+    store.add(kit.make("c"))
+    store.commit("c")
+    assert store.names() == ("a", "b", "c")
+    for name in "abc":
+        assert kit.content(store.read_adapter(name)) == kit.content(kit.make(name))
+    assert [v.message for v in store.history()] == ["c", "b", "a", "create store"]
+
+
+def test_a_name_taken_meanwhile_is_found_at_commit(
+    store: AdapterStore, kit: SimpleNamespace
+) -> None:
+    other = AdapterStore.open(store.path)
+    store.add(kit.make("a"))
+    other.add(kit.make("a", rank=3))
+    other.add(kit.make("b"))
+    version = store.commit("a")
+    with pytest.raises(AdapterExistsError, match=r'already has an adapter "a".*--name'):
+        other.commit("b")
+    assert other.staged == ("a", "b")
+    assert kit.state(store.path) == (version, ("a",))
+    other.discard()
+    other.add(kit.make("b"))
+    other.commit("b")
+    assert other.names() == ("a", "b")
+
+
+@pytest.mark.parametrize("change", [{"d_in": 7}, {"d_out": 7}, {"base_model": "org/other"}])
+def test_what_does_not_fit_what_came_meanwhile(
+    store: AdapterStore, kit: SimpleNamespace, change: dict[str, object]
+) -> None:
+    other = AdapterStore.open(store.path)
+    other.add(kit.make("b", **change))
+    store.add(kit.make("a", base_model="org/base"))
+    version = store.commit("a")
+    with pytest.raises(IncompatibleAdaptersError):
+        other.commit("b")
+    assert other.staged == ("b",)
+    assert kit.state(store.path) == (version, ("a",))
+
+
+def test_the_first_named_base_model_is_adopted(store: AdapterStore, kit: SimpleNamespace) -> None:
+    assert (store.base_model, store.revision) == (None, None)
+    store.add(kit.make("z"))
+    store.add(kit.make("y", base_model="org/base", revision="abc"))
+    store.add(kit.make("x", base_model="org/base"))
+    assert store.base_model is None
+    store.commit("")
+    assert (store.base_model, store.revision) == ("org/base", "abc")
+    assert AdapterStore.open(store.path).base_model == "org/base"
+    assert store.info("z").base_model is None
+
+
+def test_a_failure_while_writing_leaves_the_last_commit(
+    filled: AdapterStore, kit: SimpleNamespace
+) -> None:
+    version = filled.version
+
+    def fail(done: int, total: int) -> None:
+        assert 0 < done <= total
+        if done == 3:
+            raise OSError(28, "No space left on device")
+
+    filled.add(kit.make("new"))
+    with pytest.raises(StoreError, match="cannot commit: No space left on device"):
+        filled.commit("m", progress=fail)
+    assert filled.staged == ("new",)
+    assert filled.version == version
+    assert kit.state(filled.path) == (version, ("chat", "math", "sql"))
+    filled.commit("again")
+    assert kit.content(filled.read_adapter("new")) == kit.content(kit.make("new"))
+    assert filled.staged == ()
+
+
+def test_progress_counts_to_its_total(store: AdapterStore, kit: SimpleNamespace) -> None:
+    calls: list[tuple[int, int]] = []
+    store.add(kit.make("a"))
+    store.add(kit.make("b", rank=3))
+    store.commit("", progress=lambda done, total: calls.append((done, total)))
+    # Two modules, two factors, two ranks: 8 arrays; and 2 adapters.
+    assert calls == [(n, 10) for n in range(1, 11)]
+
+
+def test_nothing_to_commit(filled: AdapterStore, kit: SimpleNamespace) -> None:
+    filled.add(kit.make("new"))
+    filled.discard()
+    assert filled.staged == ()
+    with pytest.raises(StoreError, match="nothing to commit"):
+        filled.commit("m")
+    assert kit.state(filled.path) == (filled.version, filled.names())
+
+
+def test_a_commit_holds_the_lock(store: AdapterStore, kit: SimpleNamespace) -> None:
+    attempts = []
+
+    def try_lock(done: int, total: int) -> None:
+        lock = StoreRepository.open(store.path).lock()
+        with ThreadPoolExecutor(1) as pool:  # in a thread: the lock is not this one's to take twice
+            attempts.append(pool.submit(lock.acquire, timeout=0).exception())
+
+    store.add(kit.make("a"))
+    store.commit("", progress=try_lock)
+    assert {type(attempt) for attempt in attempts} == {Timeout}
+    with StoreRepository.open(store.path).lock().acquire(timeout=0):
+        pass
+
+
+_WRITER = """
+import sys, torch
+from unmerge.adapter import Adapter, Factors
+from unmerge.store import AdapterStore
+
+torch.set_num_threads(1)
+path, writer = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(5):
+    store = AdapterStore.open(path)
+    module = Factors(torch.full((2, 3), float(i)), torch.full((4, 2), float(writer)), 1.0)
+    store.add(Adapter(f"w{writer}-{i}", {"m": module}))
+    store.commit(f"{writer} {i}")
+"""
+
+
+def test_two_processes_lose_no_commit(store: AdapterStore) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(store.path), str(w)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for w in (1, 2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:  # both have loaded everything: their commits overlap
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=120)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    again = AdapterStore.open(store.path)
+    expected = {f"w{w}-{i}": (float(i), float(w)) for w in (1, 2) for i in range(5)}
+    assert again.names() == tuple(sorted(expected))
+    assert len(again.history()) == 11
+    for name, factors in again.read_module("m"):
+        assert (factors.A[0, 0].item(), factors.B[0, 0].item()) == expected[name]
+
+
+def test_a_moved_store_is_the_same_store(filled: AdapterStore, tmp_path: Path) -> None:
+    names, version = filled.names(), filled.version
+    moved = filled.path.rename(tmp_path / "moved")
+    store = AdapterStore.open(moved)
+    assert (store.names(), store.version, store.path) == (names, version, moved)
+    assert len(store.read_module("layers.0.q_proj")) == 3

@@ -1,0 +1,249 @@
+"""What a store refuses, by name and with nothing written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zarr
+
+from unmerge.adapter import Adapter, Factors
+from unmerge.errors import (
+    AdapterError,
+    AdapterExistsError,
+    ConfigError,
+    IncompatibleAdaptersError,
+    NonFiniteError,
+    StoreError,
+    StoreExistsError,
+)
+from unmerge.store import AdapterStore
+from unmerge.store.repository import StoreRepository
+
+PATH = "layers.0.q_proj"
+
+
+def _adapter(A: torch.Tensor, B: torch.Tensor, scaling: float = 1.0) -> Adapter:
+    return Adapter("new", {PATH: Factors(A, B, scaling)})
+
+
+def _with(value: float, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    tensor = torch.zeros(shape, dtype=dtype)
+    tensor[-1, -1] = value
+    return tensor
+
+
+A, B = torch.ones(2, 4), torch.ones(5, 2)
+
+BAD = {
+    "nan in A": (
+        _adapter(_with(math.nan, torch.float32, (2, 4)), B),
+        NonFiniteError,
+        f'{PATH}: adapter "new": factor A has 1 of 8',
+    ),
+    "inf in B, fp16": (
+        _adapter(A.half(), _with(math.inf, torch.float16, (5, 2))),
+        NonFiniteError,
+        "factor B",
+    ),
+    "-inf in A, bf16": (
+        _adapter(_with(-math.inf, torch.bfloat16, (2, 4)), B),
+        NonFiniteError,
+        "factor A",
+    ),
+    "nan scaling": (_adapter(A, B, math.nan), NonFiniteError, "scaling nan"),
+    "nan verbatim": (
+        Adapter("new", {PATH: Factors(A, B, 1.0)}, {"head": torch.tensor(math.nan)}),
+        NonFiniteError,
+        'verbatim tensor "head"',
+    ),
+    "float64 factor": (_adapter(A.double(), B), AdapterError, "dtype float64"),
+    "int factor": (_adapter(A, B.int()), AdapterError, "factor B is a strided tensor of dtype int"),
+    "complex verbatim": (
+        Adapter("new", {PATH: Factors(A, B, 1.0)}, {"head": torch.ones(1, dtype=torch.cfloat)}),
+        AdapterError,
+        "complex64",
+    ),
+    "sparse": (_adapter(A.to_sparse(), B), AdapterError, "sparse_coo tensor"),
+    "meta": (_adapter(A.to("meta"), B), AdapterError, "meta tensor"),
+    "ranks differ": (_adapter(torch.ones(3, 4), B), AdapterError, r"A of shape \(3, 4\) and B"),
+    "rank 0": (_adapter(torch.ones(0, 4), torch.ones(5, 0)), AdapterError, "none of them 0"),
+    "1-D": (_adapter(torch.ones(4), B), AdapterError, r"A of shape \(4,\)"),
+    "no modules": (Adapter("new", {}), AdapterError, "no modules"),
+    "other d_in": (
+        _adapter(torch.ones(2, 9), B),
+        IncompatibleAdaptersError,
+        r"layers.0.q_proj: adapter \"new\" has \(d_out, d_in\) \(5, 9\).*\(5, 4\); check that both",
+    ),
+    "other d_out": (_adapter(A, torch.ones(9, 2)), IncompatibleAdaptersError, r"\(9, 4\)"),
+    "bad name": (Adapter("../new", {PATH: Factors(A, B, 1.0)}), AdapterError, "adapter name"),
+    "bad path": (Adapter("new", {"a/b": Factors(A, B, 1.0)}), AdapterError, "module path"),
+    "empty key": (
+        Adapter("new", {PATH: Factors(A, B, 1.0)}, {"": A}),
+        AdapterError,
+        "tensor key",
+    ),
+    "surrogate": (
+        Adapter("new", {PATH: Factors(A, B, 1.0)}, config="\ud800"),
+        AdapterError,
+        "config is no valid Unicode",
+    ),
+    "name taken": (Adapter("sql", {PATH: Factors(A, B, 1.0)}), AdapterExistsError, '"sql".*--name'),
+    "name staged": (Adapter("waiting", {PATH: Factors(A, B, 1.0)}), AdapterExistsError, "staged"),
+    "other base": (
+        Adapter("new", {PATH: Factors(A, B, 1.0)}, base_model="org/other"),
+        IncompatibleAdaptersError,
+        '"org/other".*"org/base"',
+    ),
+    "other revision": (
+        Adapter("new", {PATH: Factors(A, B, 1.0)}, base_model="org/base", revision="2"),
+        IncompatibleAdaptersError,
+        'revision "2".*"1"',
+    ),
+    "unlike a staged one": (
+        Adapter("new", {"staged.only": Factors(torch.ones(2, 9), B, 1.0)}),
+        IncompatibleAdaptersError,
+        'staged adapter "waiting"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_refused_adapter_changes_nothing(
+    filled: AdapterStore, kit: SimpleNamespace, case: str
+) -> None:
+    filled.add(kit.make("base", base_model="org/base", revision="1"))
+    filled.commit("name a base model")
+    filled.add(kit.make("waiting", paths=("staged.only",)))
+    before = kit.state(filled.path)
+    adapter, error, message = BAD[case]
+    with pytest.raises(error, match=message) as caught:
+        filled.add(adapter)
+    assert "\n" not in str(caught.value)
+    assert filled.staged == ("waiting",)
+    assert kit.state(filled.path) == before
+    filled.commit("the staged set is as it was")
+    assert kit.content(filled.read_adapter("waiting")) == kit.content(
+        kit.make("waiting", paths=("staged.only",))
+    )
+
+
+def test_unknown_base_models_are_no_contradiction(
+    store: AdapterStore, kit: SimpleNamespace
+) -> None:
+    store.add(kit.make("a", base_model=""))
+    store.add(kit.make("b", base_model="org/base"))
+    store.add(kit.make("c"))
+    store.commit("")
+    store.add(kit.make("d"))
+    store.commit("")
+    assert store.base_model == "org/base"
+
+
+@pytest.mark.parametrize("kind", ["file", "store", "other files"])
+def test_create_refuses_what_is_there(tmp_path: Path, kit: SimpleNamespace, kind: str) -> None:
+    path = tmp_path / "zoo"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "store":
+        AdapterStore.create(path)
+    else:
+        path.mkdir()
+        (path / "notes.txt").write_text("mine")
+    before = sorted((str(p), p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*"))
+    with pytest.raises(StoreExistsError, match="already exists"):
+        AdapterStore.create(path)
+    assert sorted((str(p), p.is_file() and p.read_bytes()) for p in tmp_path.rglob("*")) == before
+
+
+def test_create_takes_an_empty_directory_and_makes_parents(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert AdapterStore.create(tmp_path / "empty").names() == ()
+    store = AdapterStore.create(tmp_path / "a" / "b" / "zoo", base_model="org/m", revision="1")
+    assert (store.base_model, store.revision, store.names()) == ("org/m", "1", ())
+    assert store.modules() == {}
+    assert store.list() == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "empty"]
+
+
+def test_a_failing_create_leaves_nothing(tmp_path: Path) -> None:
+    def fail(root: zarr.Group) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StoreError, match="cannot create a store: No space left"):
+        StoreRepository.create(tmp_path / "a" / "b" / "zoo", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_losing_a_race_to_create(tmp_path: Path) -> None:
+    path = tmp_path / "zoo"
+
+    def meanwhile(root: zarr.Group) -> None:
+        AdapterStore.create(path, base_model="theirs")
+
+    with pytest.raises(StoreExistsError, match="already exists"):
+        StoreRepository.create(path, meanwhile)
+    assert [p.name for p in tmp_path.iterdir()] == ["zoo"]
+    assert AdapterStore.open(path).base_model == "theirs"
+
+
+def test_create_refuses_a_revision_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without a base model"):
+        AdapterStore.create(tmp_path / "zoo", revision="1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file", "empty", "other files"])
+def test_open_of_a_non_store(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "zoo"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind != "nothing":
+        path.mkdir()
+    if kind == "other files":
+        (path / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"zoo: .*(no adapter store|expected the directory)"):
+        AdapterStore.open(path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("open_it", [AdapterStore.open, AdapterStore.create])
+def test_addresses_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_it: type[AdapterStore.open]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="s3://bucket/zoo: is an address"):
+        open_it("s3://bucket/zoo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_later_store_format_is_refused(store: AdapterStore) -> None:
+    repository = StoreRepository.open(store.path)
+    session = repository.session()
+    repository.root(session).attrs["store_format"] = 2
+    session.commit("from the future")
+    with pytest.raises(StoreError, match="store_format 2, expected 1"):
+        AdapterStore.open(store.path)
+
+
+def test_an_icechunk_repository_of_other_things_is_refused(tmp_path: Path) -> None:
+    StoreRepository.create(tmp_path / "zoo", lambda root: root.attrs.put({"mine": 1}))
+    with pytest.raises(StoreError, match="store_format None"):
+        AdapterStore.open(tmp_path / "zoo")
+
+
+def test_a_relative_path_survives_a_change_of_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kit: SimpleNamespace
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = AdapterStore.create("zoo")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    store.add(kit.make("a"))
+    store.commit("")
+    assert list(Path.cwd().iterdir()) == []
+    assert AdapterStore.open(tmp_path / "zoo").names() == ("a",)
