@@ -1,0 +1,59 @@
+"""Merge LoRA adapters, reversibly: public names of the framework."""
+
+from unmerge.adapter import Adapter, Factors
+from unmerge.elementwise import Block, Blocks, ElementwiseMerger
+from unmerge.errors import UnmergeError
+from unmerge.hookspecs import hookimpl
+from unmerge.merger import (
+    Capabilities,
+    MergeContext,
+    Merger,
+    OutputSize,
+    Passes,
+    ReversibleMerger,
+)
+from unmerge.pipeline import MergePipeline, RunReport
+from unmerge.plan import Plan
+from unmerge.readers import read_adapter
+from unmerge.recipe import Recipe
+from unmerge.registry import Registry, default_registry, get_plugin_manager
+from unmerge.stack import FactorStack, ModuleShape, StackModule
+from unmerge.store import AdapterStore
+from unmerge_bundle.encodings import (
+    AffineBasisEncoding,
+    DeltaEncoding,
+    Encoding,
+    FactorsEncoding,
+)
+
+__all__ = [
+    "Adapter",
+    "AdapterStore",
+    "AffineBasisEncoding",
+    "Block",
+    "Blocks",
+    "Capabilities",
+    "DeltaEncoding",
+    "ElementwiseMerger",
+    "Encoding",
+    "FactorStack",
+    "Factors",
+    "FactorsEncoding",
+    "MergeContext",
+    "MergePipeline",
+    "Merger",
+    "ModuleShape",
+    "OutputSize",
+    "Passes",
+    "Plan",
+    "Recipe",
+    "Registry",
+    "ReversibleMerger",
+    "RunReport",
+    "StackModule",
+    "UnmergeError",
+    "default_registry",
+    "get_plugin_manager",
+    "hookimpl",
+    "read_adapter",
+]

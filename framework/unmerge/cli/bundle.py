@@ -1,0 +1,242 @@
+"""Commands on a bundle: inspect, verify, restore, export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+import unmerge_bundle
+from unmerge.arrays import to_numpy
+from unmerge.cli.output import (
+    command,
+    error_text,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    size,
+)
+from unmerge.store import AdapterStore
+from unmerge_bundle import Depth
+from unmerge_bundle.arrays import FloatDtype
+
+_BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Dtype of the factors written; as the adapters were unless given.",
+)
+_OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing directory.")
+
+
+@command("unmerge inspect out.rmb", name="inspect")
+@_BUNDLE
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what a bundle holds: strategy, adapters, sizes, reconstruction errors."""
+    opened = unmerge_bundle.open(bundle)
+    document = opened.generation
+    sizes = opened.size()
+    elements = sizes.shared.elements + sum(a.elements for a in sizes.adapters.values())
+    errors = {
+        name: {path: {"factors": e.factors, "delta": e.delta} for path, e in by_path.items()}
+        for name, by_path in ((name, opened.errors(name)) for name in opened.adapters)
+    }
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "restores": opened.restores,
+                "generations": [g.model_dump(mode="json") for g in opened.generations],
+                "strategy": document.strategy.model_dump(mode="json"),
+                "recipe": dict(document.recipe),
+                "base_model": document.base_model.model_dump(mode="json"),
+                "store_dtype": document.store_dtype,
+                "libraries": document.libraries,
+                "sources": [source.model_dump(mode="json") for source in document.sources],
+                "modules": [module.model_dump(mode="json") for module in document.modules],
+                "absent": {name: list(paths) for name, paths in document.absent.items()},
+                "unmerged": {name: list(keys) for name, keys in document.unmerged.items()},
+                "elements": elements,
+                "total_bytes": sizes.total,
+                "errors": errors,
+            }
+        )
+        return
+    strategy = document.strategy
+    kind = "restores every adapter" if opened.restores else "holds one merged adapter"
+    say(f"{bundle}: {kind}")
+    say(f"strategy    {strategy.method} version {strategy.version}, from {strategy.distribution}")
+    say(f"fields      {_fields(document.recipe)}")
+    say(f"base model  {document.base_model.id or 'unknown'}")
+    say(f"modules     {len(document.modules)}, stored as {document.store_dtype}")
+    say(f"generation  {document.number} of {len(opened.generations)}")
+    say(f"size        {size(sizes.total)}, {elements} elements in encodings")
+    if not opened.restores:
+        print_table(
+            ("source", "weight", "digest"),
+            [(s.name, f"{s.weight:g}", s.digest[:19]) for s in document.sources],
+        )
+        for name, keys in document.unmerged.items():
+            say(f'note: of "{name}" {len(keys)} tensors are not merged: {", ".join(keys)}')
+        return
+    print_table(
+        ("adapter", "own size", "error of the delta: mean", "largest", "of the factors: mean"),
+        [
+            (
+                name,
+                size(sizes.adapters[name].bytes + sizes.verbatim[name].bytes),
+                error_text(_mean([e["delta"] for e in by_path.values()])),
+                error_text(max(e["delta"] for e in by_path.values())),
+                error_text(_mean([e["factors"] for e in by_path.values()])),
+            )
+            for name, by_path in errors.items()
+        ],
+        title="relative reconstruction error over the modules",
+    )
+
+
+@command("unmerge verify out.rmb --depth reconstruction --store zoo", name="verify")
+@_BUNDLE
+@click.option(
+    "--depth",
+    type=click.Choice(["structure", "digests", "reconstruction"]),
+    default="digests",
+    show_default=True,
+    help="How far to look: files and sizes; all bytes; every adapter restored.",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="With --depth reconstruction: compare with this store's originals.",
+)
+@click.option("--at", metavar="VERSION", help="Version id or tag of the store.")
+def verify(bundle: Path, depth: str, store: Path | None, at: str | None, as_json: bool) -> None:
+    """Check a bundle; exits 1 when anything is wrong."""
+    if store is not None:
+        depth = "reconstruction"
+    originals = None if store is None else _originals(AdapterStore.open(store, at=at))
+    report = unmerge_bundle.verify(bundle, cast(Depth, depth), originals)
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "depth": depth,
+                "ok": report.ok,
+                "problems": [
+                    {"code": p.code, "path": p.path, "message": p.message} for p in report.problems
+                ],
+            }
+        )
+    elif report.ok:
+        say(f"{bundle}: sound ({depth})")
+    else:
+        for problem in report.problems:
+            click.echo(f"unmerge: {problem.code}: {problem.path}: {problem.message}", err=True)
+    if not report.ok:
+        sys.exit(1)
+
+
+@command("unmerge restore out.rmb sql restored/sql", name="restore")
+@_BUNDLE
+@click.argument("name")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="Fold scalings into B and write a configuration every server reads.",
+)
+@_DTYPE
+@_OVERWRITE
+def restore(
+    bundle: Path,
+    name: str,
+    directory: Path,
+    portable: bool,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Give one adapter back as a PEFT directory."""
+    with progress_bar() as progress:
+        progress("restore", 0, 1)
+        restored = unmerge_bundle.open(bundle).restore(name, dtype=_float_dtype(dtype))
+        restored.save_peft(directory, portable=portable, overwrite=overwrite)
+        progress("restore", 1, 1)
+    errors = [module.errors for module in restored.modules.values()]
+    largest = max(e.delta for e in errors)
+    if as_json:
+        print_json(
+            {
+                "adapter": name,
+                "directory": str(directory),
+                "modules": len(errors),
+                "verbatim": list(restored.verbatim),
+                "largest_delta_error": largest,
+                "errors": {
+                    path: {"factors": m.errors.factors, "delta": m.errors.delta}
+                    for path, m in restored.modules.items()
+                },
+            }
+        )
+        return
+    say(
+        f"restored {name} to {directory}: {len(errors)} modules, {len(restored.verbatim)} verbatim "
+        f"tensors; relative error of the delta {error_text(_mean([e.delta for e in errors]))} on "
+        f"average, {error_text(largest)} at most"
+    )
+
+
+@command("unmerge export out.rmb merged/", name="export")
+@_BUNDLE
+@click.argument("directory", type=click.Path(path_type=Path))
+@_DTYPE
+@_OVERWRITE
+def export(
+    bundle: Path, directory: Path, dtype: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Write the merged adapter of a bundle as a PEFT directory."""
+    merged = unmerge_bundle.open(bundle).merged()
+    merged.save_peft(directory, dtype=_float_dtype(dtype), overwrite=overwrite)
+    if as_json:
+        print_json(
+            {
+                "directory": str(directory),
+                "modules": len(merged.modules),
+                "unmerged": {name: list(keys) for name, keys in merged.unmerged.items()},
+            }
+        )
+        return
+    say(f"exported {len(merged.modules)} modules to {directory}")
+    for name, keys in merged.unmerged.items():
+        say(f'note: of "{name}" these tensors are not merged: {", ".join(keys)}')
+
+
+def _originals(store: AdapterStore) -> Callable[[str], Mapping[str, tuple[Any, Any]]]:
+    def read(name: str) -> Mapping[str, tuple[Any, Any]]:
+        adapter = store.read_adapter(name)
+        return {path: (to_numpy(f.A), to_numpy(f.B)) for path, f in adapter.modules.items()}
+
+    return read
+
+
+def _float_dtype(name: str | None) -> FloatDtype | None:
+    return None if name is None else cast(FloatDtype, name)  # click has checked the choice
+
+
+def _fields(recipe: Mapping[str, Any]) -> str:
+    merger = recipe.get("merger")
+    if not isinstance(merger, Mapping):
+        return "unknown"
+    fields = [f"{key}={value}" for key, value in merger.items() if key != "method"]
+    return ", ".join(fields) or "none"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+COMMANDS = (inspect, verify, restore, export)

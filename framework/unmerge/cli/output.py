@@ -1,0 +1,137 @@
+"""What the commands share: errors as one line, tables, JSON, a progress bar, the common options."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from pydantic import ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from unmerge.errors import ConfigError, UnknownMergerError, UnmergeError
+from unmerge.recipe import explain
+from unmerge_bundle import BundleError
+
+_WIDTH_OF_A_FILE = 160
+
+
+def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Return a decorator for the command `name`: an example, `--json`, `--debug`, error handling.
+
+    The function gets `as_json` as a keyword argument. Errors of the library become one line on
+    standard error: exit 2 for wrong usage, 1 for everything else; tracebacks only with `--debug`.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @functools.wraps(function)
+        def guarded(*args: Any, debug: bool, **options: Any) -> None:
+            try:
+                function(*args, **options)
+            except (UnmergeError, BundleError, ValidationError, OSError) as error:
+                if debug:
+                    raise
+                text = explain(error) if isinstance(error, ValidationError) else str(error)
+                click.echo(f"unmerge: {' '.join(text.split())}", err=True)
+                usage = isinstance(error, ConfigError | UnknownMergerError | ValidationError)
+                sys.exit(2 if usage else 1)
+
+        debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+        json_option = click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
+        )
+        made = click.command(name, epilog=f"Example: {example}")
+        return made(json_option(debug_option(guarded)))
+
+    return decorate
+
+
+def console() -> Console:
+    """Return a console for standard output, wide enough for tables when it is a file."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
+    return Console(highlight=False, width=_WIDTH_OF_A_FILE)
+
+
+def print_json(data: Any) -> None:
+    """Print `data` as one JSON object; infinities, which JSON lacks, become null."""
+    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """Print a table; every column but the first that holds numbers only is right-aligned."""
+    table = Table(title=escape(title) if title else None, title_justify="left")
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows]
+        numeric = bool(cells) and all(cell[:1].isdigit() or cell in ("", "–") for cell in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console().print(table)
+
+
+def say(text: str) -> None:
+    """Print a line of text."""
+    console().print(escape(text), soft_wrap=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on standard error, where that is a terminal.
+
+    Gives a function of phase, units done and units in all.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    terminal = Console(stderr=True)
+    hidden = not terminal.is_terminal
+    with Progress(*columns, console=terminal, transient=True, disable=hidden) as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield update
+
+
+def size(nbytes: int) -> str:
+    """Return a number of bytes for people, in powers of 1000."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def ratio(value: float | None) -> str:
+    """Return a ratio as a percentage, or a dash where it is unknown."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def error_text(value: float) -> str:
+    """Return a relative error with three significant digits."""
+    return "∞" if value == float("inf") else f"{value:.3g}"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    if isinstance(data, float) and data in (float("inf"), float("-inf")):
+        return None
+    return data

@@ -1,0 +1,220 @@
+"""What a run would do, known before any tensor is read: selection, chunks, sizes, refusals."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from unmerge.arrays import DTYPES, dtype_name
+from unmerge.chunking import Chunk, chunk_modules
+from unmerge.errors import (
+    AdapterNotInStoreError,
+    ConfigError,
+    IncompatibleAdaptersError,
+    ModuleNotInAdapterError,
+)
+from unmerge.merger import Merger
+from unmerge.recipe import Recipe
+from unmerge.stack import ModuleShape
+from unmerge.store import AdapterInfo, AdapterStore
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, known without reading a tensor.
+
+    Attributes:
+        sources: What the store says of the adapters, sorted by name.
+        chunks: Modules that are merged together, in order.
+        absent: Module paths that an adapter lacks, by adapter; adapters lacking none are left out.
+        unmerged: Verbatim tensors a merged result cannot hold, by adapter.
+        store_dtype: Dtype of stored tensors.
+        input_elements: Elements of all adapters' factors.
+        input_bytes: Their bytes as stored, verbatim tensors not counted.
+        output_elements: Elements of all encodings; `None` where the merger cannot tell.
+        verbatim_bytes: Bytes of the verbatim tensors that go into the bundle.
+        refusals: Why `run` would refuse, one line each; empty where it would not.
+        advice: What the merger has to say about these modules, one line each.
+        reversible: Whether the adapters come back from the bundle.
+    """
+
+    sources: tuple[AdapterInfo, ...]
+    chunks: tuple[Chunk, ...]
+    absent: Mapping[str, tuple[str, ...]]
+    unmerged: Mapping[str, tuple[str, ...]]
+    store_dtype: str
+    input_elements: int
+    input_bytes: int
+    output_elements: int | None
+    verbatim_bytes: int
+    refusals: tuple[str, ...]
+    advice: tuple[str, ...]
+    reversible: bool
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters, sorted."""
+        return tuple(info.name for info in self.sources)
+
+    def source(self, name: str) -> AdapterInfo:
+        """Return what the store says of adapter `name`."""
+        return self._by_name[name]
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, AdapterInfo]:
+        return {info.name: info for info in self.sources}
+
+    def having(self, path: str) -> list[str]:
+        """Return the names of the adapters that have module `path`, sorted."""
+        return [info.name for info in self.sources if path in info.modules]
+
+    @property
+    def modules(self) -> tuple[ModuleShape, ...]:
+        """All modules, in the order in which they are merged."""
+        return tuple(shape for chunk in self.chunks for shape in chunk.modules)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that a chunk takes."""
+        return max(chunk.peak_bytes for chunk in self.chunks)
+
+    @property
+    def output_bytes(self) -> int | None:
+        """Bytes of the stored tensors of all encodings."""
+        if self.output_elements is None:
+            return None
+        return self.output_elements * DTYPES[self.store_dtype].itemsize
+
+    @property
+    def element_ratio(self) -> float | None:
+        """Stored elements relative to the adapters': the papers' storage ratio."""
+        return None if self.output_elements is None else self.output_elements / self.input_elements
+
+    @property
+    def byte_ratio(self) -> float | None:
+        """Stored bytes relative to the adapters', verbatim tensors left out on both sides."""
+        return None if self.output_bytes is None else self.output_bytes / self.input_bytes
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before running, one line each."""
+        return (*self.advice, *self._size_warnings(), *self._content_warnings())
+
+    def _size_warnings(self) -> Iterator[str]:
+        for ratio, what in ((self.element_ratio, "elements"), (self.byte_ratio, "bytes")):
+            if ratio is not None and (ratio > 1 or (self.reversible and ratio == 1)):
+                yield f"the bundle would hold {ratio:.0%} of the adapters' {what}: it saves nothing"
+
+    def _content_warnings(self) -> Iterator[str]:
+        for name, paths in self.absent.items():
+            yield f'"{name}" lacks {len(paths)} of {len(self.modules)} modules, such as {paths[0]}'
+        for name, keys in self.unmerged.items():
+            yield (
+                f'"{name}": {len(keys)} tensors are no low-rank update and are not merged: '
+                + ", ".join(keys)
+            )
+
+
+def make_plan(store: AdapterStore, recipe: Recipe, *, memory_budget: int, workers: int) -> Plan:
+    """Return the plan of running `recipe` over `store`; see `MergePipeline.plan`."""
+    merger = recipe.merger
+    sources = _select_adapters(store, recipe)
+    paths = _select_modules(sources, recipe.modules)
+    shapes = [_shape(path, sources) for path in paths]
+    refusals = tuple(_refusals(merger, shapes))
+    reversible = merger.capabilities.restores is not None
+    chunks = chunk_modules(
+        shapes, merger, adapters=len(sources), memory_budget=memory_budget, workers=workers
+    )
+    predicted = [None if refusals else merger.predict(shape) for shape in shapes]
+    known = [size.total for size in predicted if size is not None]
+    selected = [info.modules[path] for info in sources for path in paths if path in info.modules]
+    absent = {info.name: tuple(p for p in paths if p not in info.modules) for info in sources}
+    return Plan(
+        sources=tuple(sources),
+        chunks=tuple(chunks),
+        absent={name: lacking for name, lacking in absent.items() if lacking},
+        unmerged={i.name: tuple(i.verbatim) for i in sources if i.verbatim and not reversible},
+        store_dtype=recipe.dtype or _widest([module.dtype for module in selected]),
+        input_elements=sum(shape.elements for shape in shapes),
+        input_bytes=sum((m.d_out + m.d_in) * m.rank * DTYPES[m.dtype].itemsize for m in selected),
+        output_elements=sum(known) if len(known) == len(shapes) else None,
+        verbatim_bytes=sum(info.verbatim_nbytes for info in sources) if reversible else 0,
+        refusals=refusals,
+        advice=() if refusals else tuple(merger.advise(shapes)),
+        reversible=reversible,
+    )
+
+
+def _select_adapters(store: AdapterStore, recipe: Recipe) -> list[AdapterInfo]:
+    infos = {info.name: info for info in store.list()}
+    if not infos:
+        raise ConfigError(f"{store.path}: the store holds no adapters; add some first")
+    wanted = recipe.adapters or tuple(sorted(infos))
+    for name in [*wanted, *recipe.weights]:
+        if name not in infos:
+            raise AdapterNotInStoreError(
+                f'the store holds no adapter "{name}" (it holds {", ".join(sorted(infos))})'
+            )
+    for name in recipe.weights:
+        if name not in wanted:
+            raise ConfigError(f'a weight is given for "{name}", which is not selected')
+    return [infos[name] for name in wanted]
+
+
+def _select_modules(sources: Sequence[AdapterInfo], patterns: Sequence[str] | None) -> list[str]:
+    union = sorted({path for info in sources for path in info.modules})
+    for pattern in patterns or ():
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in union):
+            raise ModuleNotInAdapterError(
+                f'no module matches "{pattern}"; the first of {len(union)} is {union[0]}'
+            )
+    paths = [
+        path
+        for path in union
+        if patterns is None or any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+    ]
+    for info in sources:
+        if not any(path in info.modules for path in paths):
+            raise IncompatibleAdaptersError(
+                f'adapter "{info.name}" has none of the {len(paths)} selected modules; '
+                "leave it out with --adapters"
+            )
+    return paths
+
+
+def _shape(path: str, sources: Sequence[AdapterInfo]) -> ModuleShape:
+    having = [info.modules[path] for info in sources if path in info.modules]
+    sizes = {(module.d_out, module.d_in) for module in having}
+    if len(sizes) > 1:
+        raise IncompatibleAdaptersError(
+            f"{path}: adapters disagree on (d_out, d_in): {sorted(sizes)}; "
+            "check that all used the same base model"
+        )
+    d_out, d_in = sizes.pop()
+    return ModuleShape(path, d_out, d_in, tuple(module.rank for module in having))
+
+
+def _refusals(merger: Merger, shapes: Sequence[ModuleShape]) -> Iterator[str]:
+    capabilities = merger.capabilities
+    if capabilities.needs_activations or capabilities.needs_base_weights:
+        needed = "activations" if capabilities.needs_activations else "base weights"
+        yield f"{merger.method} needs {needed}, which this pipeline does not provide"
+    for shape in shapes:
+        try:
+            merger.check(shape)
+        except IncompatibleAdaptersError as error:
+            yield str(error)
+
+
+def _widest(names: Sequence[str]) -> str:
+    widest = DTYPES[names[0]]
+    for name in names[1:]:
+        widest = torch.promote_types(widest, DTYPES[name])
+    return dtype_name(widest)
