@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -285,6 +286,8 @@ def test_paths_kinds_and_errors_are_checked(
     [
         ({"a\n": np.zeros(1)}, InvalidInputError, "not allowed"),
         ({"a": np.array([np.nan], dtype=np.float16)}, NonFiniteError, "'a'"),
+        ({"a": np.array([np.inf], dtype=ml_dtypes.bfloat16)}, NonFiniteError, "'a'"),
+        ({"a": np.array(np.nan, dtype=ml_dtypes.bfloat16)}, NonFiniteError, "'a'"),
         ({"a": np.array(["x"], dtype=object)}, InvalidInputError, "object"),
         ({"a": np.zeros(1, dtype=np.complex64)}, InvalidInputError, "complex64"),
     ],
