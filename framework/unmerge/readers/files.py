@@ -92,11 +92,12 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:
-        # The unpickler meets arbitrary bytes, so it can raise almost anything.
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        # The unpickler meets arbitrary bytes, so it can raise almost anything. Its text is not
+        # repeated: it recommends loading without the restriction.
         raise AdapterError(
-            f"{path}: no tensors that can be loaded safely: {first_line} The file is damaged or "
-            "holds more than tensors; convert it to safetensors where you trust it"
+            f"{path}: no tensors that can be loaded safely ({type(error).__name__}); the file is "
+            "truncated, or holds more than tensors, which may be code that runs on loading; get "
+            "it again, as safetensors if there is a choice"
         ) from error
     if not isinstance(document, dict):
         raise AdapterError(

@@ -123,10 +123,9 @@ def read_peft(directory: str | os.PathLike[str], *, name: str | None = None) -> 
     place = Path(directory)
     _check_place(place)
     name = _adapter_name(place, name)
+    where = str(place / CONFIG_FILE)
     data = read_bytes(place / CONFIG_FILE)
-    settings = parse_config(
-        parse_json_object(data, str(place / CONFIG_FILE)), str(place / CONFIG_FILE)
-    )
+    settings = parse_config(parse_json_object(data, where), where)
     weights = place / SAFETENSORS_FILE
     if weights.is_file():
         tensors = load_safetensors(weights)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,8 +14,6 @@ from torch import nn
 
 from adapters import MODULES, TinyModel, make_adapter, peft_config, write_peft_directory
 from unmerge.readers import read_peft
-
-peft = pytest.importorskip("peft")
 
 pytestmark = [
     # PEFT's own, about patterns that match nothing and about initialisations tested on purpose.
@@ -264,7 +263,8 @@ def test_biases_of_adapted_modules_are_kept(tmp_path: Path) -> None:
 
 
 def tiny_llama(**changes: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=16,
         hidden_size=8,

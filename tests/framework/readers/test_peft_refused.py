@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,8 +18,6 @@ from unmerge.errors import UnsupportedAdapterError
 from unmerge.readers import read_peft
 from unmerge.readers.peft import REFUSED_TENSORS
 from unmerge.readers.peft_config import FIELDS, parse_config
-
-peft = pytest.importorskip("peft")
 
 
 def save(directory: Path, config: Any, model: nn.Module | None = None) -> Path:
@@ -108,7 +107,8 @@ def test_trained_tokens(tmp_path: Path) -> None:
 
 
 def test_replicated_layers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     llama = transformers.LlamaConfig(
         vocab_size=8,
         hidden_size=8,
