@@ -15,7 +15,7 @@ from unmerge.adapter import Factors
 from unmerge.errors import CapabilityError, IncompatibleAdaptersError
 from unmerge.kernels.counter import counter_uniform, stream_key
 from unmerge.kernels.lowrank import delta_rows
-from unmerge.merger import MergeContext, Merger, OutputSize, Passes
+from unmerge.merger import Capabilities, MergeContext, Merger, OutputSize, Passes
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge_bundle.encodings import DeltaEncoding, Encoding, FactorsEncoding
 
@@ -86,6 +86,11 @@ class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
     """
 
     space: Space = Field(default="delta", description="where the rule is applied")
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Deltas of any rank can be compared entry by entry; factors need one rank."""
+        return Capabilities(mixed_ranks=self.space == "delta")
 
     def measure(self, blocks: Blocks, context: MergeContext) -> Any:  # noqa: ARG002
         """Return facts about all `blocks` (thresholds, say) for `combine`. Default: none."""

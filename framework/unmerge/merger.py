@@ -92,6 +92,13 @@ class Undeclared:
     def __bool__(self) -> bool:
         raise self._raise()
 
+    def __len__(self) -> int:
+        raise self._raise()
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        """Refuse, as every other use."""
+        raise self._raise()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeContext:
@@ -286,7 +293,9 @@ def _resolve(expected: type[Merger], value: Any, info: ValidationInfo) -> Merger
         # Imported here: the registry is built from plugins, which import this module.
         from unmerge.registry import default_registry
 
-        registry = (info.context or {}).get("registry") or default_registry()
+        registry = (info.context or {}).get("registry")
+        if registry is None:
+            registry = default_registry()
         merger = registry.merger_type(value["method"]).model_validate(value, context=info.context)
     else:
         raise ValueError('expected a merger or its recipe, such as {"method": "average"}')

@@ -110,7 +110,7 @@ class MergePipeline:
         workers: int | None = None,
         registry: Registry | None = None,
     ) -> None:
-        self._registry = registry or default_registry()
+        self._registry = default_registry() if registry is None else registry
         self.recipe = Recipe.from_data(
             {
                 "merger": merger,

@@ -211,6 +211,13 @@ def _refusals(merger: Merger, shapes: Sequence[ModuleShape]) -> Iterator[str]:
             merger.check(shape)
         except IncompatibleAdaptersError as error:
             yield str(error)
+        else:
+            if len(set(shape.ranks)) > 1 and not capabilities.mixed_ranks:
+                ranks = ", ".join(str(rank) for rank in sorted(set(shape.ranks)))
+                yield (
+                    f"{shape.path}: ranks {ranks} differ, and {merger.method} does not declare "
+                    "that it takes mixed ranks"
+                )
 
 
 def _widest(names: Sequence[str]) -> str:

@@ -72,7 +72,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"a recipe is a mapping, not {type(data).__name__}")
-        context = {"registry": registry or default_registry()}
+        context = {"registry": default_registry() if registry is None else registry}
         try:
             return cls.model_validate(dict(data), context=context)
         except ValidationError as error:
@@ -110,7 +110,11 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} cannot be a key", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice", key_node.start_mark

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.metadata
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,48 @@ from unmerge import hookspecs
 from unmerge.errors import DuplicateMergerError, PluginError, UnknownMergerError
 from unmerge.merger import Merger
 
-__all__ = ["Registration", "Registry", "default_registry", "get_plugin_manager"]
+__all__ = ["PluginManager", "Registration", "Registry", "default_registry", "get_plugin_manager"]
 
 ENTRY_POINT_GROUP = hookspecs.PROJECT
 
 
-def get_plugin_manager(*, load_entry_points: bool = True) -> pluggy.PluginManager:
+class PluginManager(pluggy.PluginManager):
+    """A plugin manager that knows which distribution each of its plugins comes from.
+
+    Attributes:
+        distributions: Name and version of the distribution, by the name a plugin is registered
+            under; plugins that were registered by hand are not listed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(hookspecs.PROJECT)
+        self.distributions: dict[str, str] = {}
+        self.add_hookspecs(hookspecs)
+
+    def load(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        """Import and register the plugin of one entry point.
+
+        pluggy's own loader keeps the first of two plugins of one entry-point name and says
+        nothing; here each is registered under its distribution's name as well.
+
+        Raises:
+            PluginError: It cannot be imported or registered; names it and its distribution.
+        """
+        owner = entry_point.dist
+        distribution = f"{owner.name} {owner.version}" if owner is not None else "unknown"
+        name = f"{distribution}/{entry_point.name}"
+        try:
+            self.register(entry_point.load(), name=name)
+        except Exception as error:
+            # A plugin is foreign code: whatever its import raises is reported as the plugin's.
+            raise PluginError(
+                f'the plugin "{entry_point.name}" ({entry_point.value}) of {distribution} cannot '
+                f"be loaded: {type(error).__name__}: {error}"
+            ) from error
+        self.distributions[name] = distribution
+
+
+def get_plugin_manager(*, load_entry_points: bool = True) -> PluginManager:
     """Return a new plugin manager with the hooks of `unmerge.hookspecs`.
 
     Args:
@@ -28,19 +65,12 @@ def get_plugin_manager(*, load_entry_points: bool = True) -> pluggy.PluginManage
             point in the group `unmerge`.
 
     Raises:
-        PluginError: A plugin cannot be imported, or implements a hook that does not exist.
+        PluginError: A plugin cannot be imported; names it and its distribution.
     """
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = PluginManager()
     if load_entry_points:
-        try:
-            manager.load_setuptools_entrypoints(ENTRY_POINT_GROUP)
-        except Exception as error:
-            # A plugin is foreign code: whatever its import raises is reported as the plugin's.
-            raise PluginError(
-                f"a plugin of the entry-point group {ENTRY_POINT_GROUP!r} cannot be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            manager.load(entry_point)
     return manager
 
 
@@ -65,21 +95,22 @@ class Registry(Mapping[str, Registration]):
         PluginError: A hook returned something that is no concrete `Merger`, or is misspelt.
     """
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
+    def __init__(self, manager: PluginManager) -> None:
         try:
             manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"a plugin implements an unknown hook: {error}") from error
-        distributions = {
-            plugin: f"{dist.project_name} {dist.version}"
-            for plugin, dist in manager.list_plugin_distinfo()
-        }
         found: dict[str, Registration] = {}
         # `get_hookimpls` has the last registered first; names must not depend on the order.
         for implementation in manager.hook.unmerge_mergers.get_hookimpls():
-            plugin = implementation.plugin
-            distribution = distributions.get(plugin, implementation.plugin_name)
+            plugin = implementation.plugin_name
+            distribution = manager.distributions.get(plugin, plugin)
             provided: Any = implementation.function()
+            if isinstance(provided, type) or not isinstance(provided, Iterable):
+                raise PluginError(
+                    f"{distribution}: unmerge_mergers returned {provided!r}, expected a list of "
+                    "Merger classes"
+                )
             for merger in provided:
                 _check_merger(merger, distribution)
                 if merger.method in found:
@@ -109,6 +140,10 @@ class Registry(Mapping[str, Registration]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the registration of `name`, or `default`: unlike `[]` it never raises."""
+        return self._found.get(name, default)
 
     def merger_type(self, name: str) -> type[Merger]:
         """Return the strategy called `name`.

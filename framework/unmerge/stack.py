@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -99,11 +100,16 @@ class FactorStack:
             dtype: Its dtype; every stored dtype widens to float32 without loss.
 
         Raises:
-            IncompatibleAdaptersError: Shapes differ, or a name is not among `adapters`.
+            IncompatibleAdaptersError: Shapes differ, something is named twice, or a name is not
+                among `adapters`.
         """
         names = tuple(sorted(adapters))
+        _check_distinct("adapter", names)
         rows = {name: n for n, name in enumerate(names)}
         ordered = sorted(modules, key=lambda item: item[0])
+        _check_distinct("module", [path for path, _ in ordered])
+        for path, pairs in ordered:
+            _check_distinct(f"{path}: adapter", sorted(name for name, _ in pairs))
         present = [f for _, pairs in ordered for _, f in pairs]
         if not present:
             raise IncompatibleAdaptersError("a stack needs at least one adapter with a module")
@@ -181,3 +187,9 @@ class FactorStack:
             )
         names = tuple(self.adapters[n] for n in rows)
         return StackModule(path=self.modules[index], adapters=names, factors=tuple(factors))
+
+
+def _check_distinct(what: str, ordered: Sequence[str]) -> None:
+    for name, following in itertools.pairwise(ordered):
+        if name == following:
+            raise IncompatibleAdaptersError(f'{what} "{name}" is given twice')

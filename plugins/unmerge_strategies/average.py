@@ -54,7 +54,8 @@ class Average(Merger, frozen=True):
             weights = context.weights_of(module.adapters)
             counted = weights if self.absent == "renormalise" else list(context.weights.values())
             divisor = sum(counted)
-            if divisor == 0:
+            # Relative: weights such as 0.1, 0.2, -0.3 sum to rounding noise, not to 0.
+            if abs(divisor) <= 1e-12 * sum(abs(w) for w in counted):
                 raise ConfigError(
                     f"{module.path}: the weights sum to 0, so there is no average; "
                     "use task_arithmetic, which does not divide by them"

@@ -13,7 +13,7 @@ class AffineBasis:
 
     Attributes:
         mean: `(P, r)`.
-        basis: `(P, p, r)`; rows orthonormal, or zero where the points span fewer directions.
+        basis: `(P, p, r)`, rows orthonormal.
         coefficients: `(P, N, p)`; point n is `mean + coefficients[n] @ basis`.
     """
 
@@ -30,12 +30,14 @@ def affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
         size: Dimension p, 0 ≤ p ≤ min(N − 1, r).
 
     Returns:
-        Float64 tensors on the device of `points`.
+        Float64 tensors on the device of `points`. Where the points span fewer than p directions,
+        the rest of the basis is arbitrary (and deterministic), with coefficients of rounding size.
 
     Numerics: float64. The top right singular vectors of the centred points come from the
-        eigenvectors of the smaller Gram matrix, N × N or r × r. For N ≤ r the fit is the
-        projection `u uᵀ X` in the space of the adapters, so p = min(N − 1, r) returns the points
-        to the rounding of float64 however small a singular value is. Each basis vector's entry of
+        eigenvectors of the smaller Gram matrix, r × r or (N − 1) × (N − 1). The latter is that of
+        N − 1 orthonormal contrasts, so that the direction that centring removes cannot mix with
+        small ones, and its vectors are orthonormalised by QR, so that p = min(N − 1, r) returns
+        the points to rounding however small a singular value is. Each basis vector's entry of
         largest magnitude is positive. O(P N r min(N, r)).
     Source: "Towards Reversible Model Merging for Low-rank Weights", section 5.1 and Theorem 1.
         Algorithm 1 line 7 prints the mean without 1/N; the text has it, and so does this.
@@ -43,23 +45,27 @@ def affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
     wide = points.to(torch.float64)
     mean = wide.mean(dim=1)
     centred = wide - mean[:, None]
-    count, dimension = wide.shape[1], wide.shape[2]
-    if count <= dimension:
-        gram = centred @ centred.transpose(1, 2)
-        left = _leading_eigenvectors(gram, size)  # (P, N, p)
-        scaled = left.transpose(1, 2) @ centred  # (P, p, r): σ_k times the basis vector
-        lengths = torch.linalg.vector_norm(scaled, dim=2, keepdim=True)
-        # Not a relative cut-off: any length keeps `left · scaled` exact, only 0 has no direction.
-        basis = torch.where(lengths > 0, scaled / lengths, 0.0)
-        coefficients = left * lengths.transpose(1, 2)
+    positions, count, dimension = wide.shape
+    if size == 0:
+        basis = wide.new_zeros(positions, 0, dimension)
+    elif count <= dimension:
+        contrasts = _helmert(count, wide.device) @ centred  # (P, N − 1, r)
+        left = _leading_eigenvectors(contrasts @ contrasts.transpose(1, 2), size)
+        directions = contrasts.transpose(1, 2) @ left  # (P, r, p), lengths descending
+        basis = torch.linalg.qr(directions).Q.transpose(1, 2)
     else:
         gram = centred.transpose(1, 2) @ centred
         basis = _leading_eigenvectors(gram, size).transpose(1, 2)
-        coefficients = centred @ basis.transpose(1, 2)
-    signs = _row_signs(basis)  # (P, p)
-    return AffineBasis(
-        mean=mean, basis=basis * signs[:, :, None], coefficients=coefficients * signs[:, None, :]
-    )
+    basis = basis * _row_signs(basis)[:, :, None]
+    return AffineBasis(mean=mean, basis=basis, coefficients=centred @ basis.transpose(1, 2))
+
+
+def _helmert(count: int, device: torch.device) -> torch.Tensor:
+    """Return `count − 1` orthonormal rows that are orthogonal to the vector of ones."""
+    rows = torch.tril(torch.ones(count, count, dtype=torch.float64, device=device), -1)[1:]
+    index = torch.arange(1, count, dtype=torch.float64, device=device)
+    rows[torch.arange(count - 1), torch.arange(1, count)] = -index
+    return rows / (index * (index + 1)).sqrt()[:, None]
 
 
 def _leading_eigenvectors(gram: torch.Tensor, size: int) -> torch.Tensor:

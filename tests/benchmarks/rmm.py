@@ -1,0 +1,53 @@
+"""RMM through Gram matrices against one batched SVD of the same positions."""
+
+from __future__ import annotations
+
+import torch
+from tests.benchmarks.row import Row, cpu_seconds
+
+from unmerge import AffineBasisEncoding, Factors, FactorStack, MergeContext
+from unmerge_strategies import Rmm
+
+SIZE, COUNT, RANK, BASIS = 1024, 8, 16, 3
+
+
+def _svd(points: torch.Tensor) -> torch.Tensor:
+    """Return all points `(P, N, r)` restored from their best affine subspaces, float64."""
+    wide = points.double()
+    mean = wide.mean(1, keepdim=True)
+    basis = torch.linalg.svd(wide - mean, full_matrices=False).Vh[:, :BASIS]
+    restored: torch.Tensor = mean + (wide - mean) @ basis.transpose(1, 2) @ basis
+    return restored
+
+
+def benchmark() -> Row:
+    """Fit 3 basis adapters to 8 adapters of rank 16 on one 1024 × 1024 module."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"adapter{n}" for n in range(COUNT)]
+    factors = [
+        Factors(
+            A=torch.randn(RANK, SIZE, generator=generator),
+            B=torch.randn(SIZE, RANK, generator=generator),
+            scaling=1.0,
+        )
+        for _ in names
+    ]
+    stack = FactorStack.build([("m", list(zip(names, factors, strict=True)))], names)
+    context = MergeContext(weights=dict.fromkeys(names, 1.0))
+    ours_s, [encoding] = cpu_seconds(lambda: Rmm(basis_size=BASIS).merge(stack, context))
+    assert isinstance(encoding, AffineBasisEncoding)
+
+    columns = torch.stack([f.A.T for f in factors], dim=1)  # (d_in, N, r)
+    rows = torch.stack([f.B for f in factors], dim=1)  # (d_out, N, r)
+    peer_s, theirs = cpu_seconds(lambda: torch.cat([_svd(columns), _svd(rows)]))
+
+    A = encoding.mean_A + torch.einsum("npj,prj->nrj", encoding.coefficients_A, encoding.basis_A)
+    B = encoding.mean_B + torch.einsum("npi,pir->nir", encoding.coefficients_B, encoding.basis_B)
+    ours = torch.cat([A.permute(2, 0, 1), B.permute(1, 0, 2)])
+    return Row(
+        what=f"rmm, one {SIZE} × {SIZE} module, {COUNT} adapters of rank {RANK}, p = {BASIS}",
+        peer="batched torch.linalg.svd in float64",
+        ours_s=ours_s,
+        peer_s=peer_s,
+        difference=float((ours - theirs).norm() / theirs.norm()),
+    )
