@@ -208,7 +208,7 @@ class MergePipeline:
         info = self._generation_info(plan, context)
         collected: dict[str, dict[str, ModuleErrors]] = {}
         with (
-            _one_thread_per_task(),
+            one_thread_per_task(),
             BundleWriter(out, info=info, overwrite=overwrite) as writer,
             ThreadPoolExecutor(max_workers=self.workers) as pool,
         ):
@@ -380,7 +380,7 @@ def _library_versions() -> dict[str, str]:
 
 
 @contextmanager
-def _one_thread_per_task() -> Iterator[None]:
+def one_thread_per_task() -> Iterator[None]:
     """Give BLAS and LAPACK one thread a task: parallelism is over modules, bits do not vary."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
