@@ -19,7 +19,18 @@ THIRD_PARTY = {
     "unmerge_bundle": {"numpy", "ml_dtypes", "pydantic", "safetensors"},
     "unmerge": {
         *("numpy", "ml_dtypes", "pydantic", "pydantic_core", "safetensors"),
-        *("torch", "zarr", "numcodecs", "icechunk", "pluggy", "filelock", "click", "rich", "yaml"),
+        *(
+            "torch",
+            "zarr",
+            "numcodecs",
+            "icechunk",
+            "pluggy",
+            "filelock",
+            "threadpoolctl",
+            "click",
+            "rich",
+            "yaml",
+        ),
     },
     "unmerge_strategies": {"torch", "pydantic"},
 }
@@ -31,13 +42,15 @@ OURS = {
 # Inside `unmerge`, from the bottom up: a module may import those below it.
 LAYERS = (
     ("errors", "hookspecs"),
-    ("arrays", "adapter"),
+    ("arrays",),
+    ("adapter",),
     ("kernels", "readers"),
     ("stack", "store"),
     ("merger",),
     ("elementwise", "registry"),
     ("recipe", "chunking"),
     ("plan",),
+    ("execution",),
     ("pipeline",),
     ("demo",),
     ("cli",),

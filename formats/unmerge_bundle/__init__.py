@@ -42,9 +42,21 @@ from unmerge_bundle.names import check_key, check_module_path, check_name
 from unmerge_bundle.reader import Bundle
 from unmerge_bundle.reader import open_bundle as open  # noqa: A004 - unmerge_bundle.open(path)
 from unmerge_bundle.reconstruct import reconstruct
-from unmerge_bundle.restored import MergedAdapter, Origin, RestoredAdapter, RestoredModule
+from unmerge_bundle.restored import (
+    MergedAdapter,
+    Origin,
+    RestoredAdapter,
+    RestoredModule,
+    SavedAdapter,
+)
 from unmerge_bundle.verify import Depth, Problem, VerifyReport, verify
-from unmerge_bundle.writer import AdapterRecord, BundleWriter, GenerationInfo, RecordedModule
+from unmerge_bundle.writer import (
+    AdapterRecord,
+    BundleWriter,
+    GenerationInfo,
+    RecordedModule,
+    check_message,
+)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -81,6 +93,7 @@ __all__ = [
     "RestoredAdapter",
     "RestoredModule",
     "Restores",
+    "SavedAdapter",
     "Source",
     "Strategy",
     "TensorMismatchError",
@@ -88,6 +101,7 @@ __all__ = [
     "VerifyReport",
     "WrongKindError",
     "check_key",
+    "check_message",
     "check_module_path",
     "check_name",
     "open",

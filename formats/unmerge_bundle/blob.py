@@ -1,7 +1,7 @@
-"""The payload files: safetensors, written as a stream under their own digest, read with distrust.
+"""The blobs: safetensors files, written as a stream under their own digest, read with distrust.
 
 The `safetensors` library keeps a whole file in memory to write it, cannot give numpy bfloat16
-and accepts repeated header keys; payloads are larger than memory, hold bfloat16 and come from
+and accepts repeated header keys; blobs are larger than memory, hold bfloat16 and come from
 strangers. The files are ordinary safetensors nevertheless: the tests read each kind of file
 with the other implementation.
 """

@@ -38,11 +38,13 @@ from unmerge_bundle.names import check_key, check_module_path, check_name
 
 __all__ = [
     "BLOB_MEDIA_TYPE",
+    "FORMAT",
     "FORMAT_VERSION",
     "GENERATION_MEDIA_TYPE",
     "MANIFEST_NAME",
     "MAX_DOCUMENT_BYTES",
     "MAX_MANIFEST_BYTES",
+    "MAX_MESSAGE_CHARACTERS",
     "AdapterEntry",
     "AdapterMetadata",
     "AffineBasisModule",
@@ -75,6 +77,7 @@ GENERATION_MEDIA_TYPE = "application/vnd.unmerge.generation.v1+json"
 BLOB_MEDIA_TYPE = "application/vnd.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 64 << 20
+MAX_MESSAGE_CHARACTERS = 4096
 
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -122,7 +125,7 @@ class GenerationEntry(FormatModel):
     number: Positive
     document: Descriptor
     created: Time
-    message: str
+    message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)]
 
 
 class Manifest(FormatModel):
@@ -393,7 +396,7 @@ class BundleSize:
         shared: Tensors all adapters share, or the merged result.
         adapters: Per adapter, the tensors it is restored from.
         verbatim: Per adapter, tensors kept as they were (task heads, biases).
-        overhead: Everything else, in bytes: JSON, payload headers, recorded errors.
+        overhead: Everything else, in bytes: JSON, headers of blobs, recorded errors.
         total: Bytes of `bundle.json`, the generation document and its blobs.
     """
 

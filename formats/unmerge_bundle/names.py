@@ -1,7 +1,7 @@
 """What adapters, modules and verbatim tensors may be called, so that a name is safe everywhere.
 
 Adapter names become command-line words and directory names; module paths and keys become tensor
-names in payloads. Checked once here, they need no escaping anywhere else.
+names in blobs. Checked once here, they need no escaping anywhere else.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,127}")
 _LONGEST_PATH = 1024
 
 
-def check_name(name: str) -> str:
-    """Return `name` if it may name an adapter.
+def check_name(name: str, *, what: str = "adapter name") -> str:
+    """Return `name` if it may name an adapter, or anything else that is named alike.
 
     Allowed are 1 to 128 ASCII letters, digits and `._+@-`, beginning with a letter or a digit.
+
+    Args:
+        name: The name.
+        what: The kind of name it is, for the error.
 
     Raises:
         ValueError: It may not.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"adapter name {name!r} is not allowed: expected 1 to 128 letters, digits or any of "
+            f"{what} {name!r} is not allowed: expected 1 to 128 letters, digits or any of "
             "'._+@-', beginning with a letter or digit; choose another name"
         )
     return name

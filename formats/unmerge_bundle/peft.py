@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unmerge_bundle.arrays import FLOAT_DTYPES, Array, FloatDtype, all_finite, round_to
+from unmerge_bundle.arrays import Array, all_finite, round_to
 from unmerge_bundle.blob import Held, write_safetensors
 from unmerge_bundle.errors import InvalidInputError, ManifestError, NonFiniteError
 from unmerge_bundle.jsontext import parse_object
-from unmerge_bundle.publish import OutputDirectory, write_file
+from unmerge_bundle.publish import ADAPTER_DIRECTORY, OutputDirectory, write_file
 
 __all__ = [
-    "PeftModule",
-    "original_tensors",
     "parse_config",
     "portable_config",
-    "portable_tensors",
     "write_directory",
+    "written_factors",
 ]
 
 _CONFIG = "adapter_config.json"
@@ -31,52 +28,35 @@ _CONFIG = "adapter_config.json"
 _KEPT = {"task_type": None, "modules_to_save": None, "fan_in_fan_out": False, "bias": "none"}
 
 
-@dataclass(frozen=True, slots=True)
-class PeftModule:
-    """One module to write: `delta = scaling · B @ A`."""
+def written_factors(
+    A: Array,
+    B: Array,
+    *,
+    dtype: np.dtype[Any],
+    scaling: float = 1.0,
+    rank: int | None = None,
+    path: str,
+) -> tuple[Array, Array]:
+    """Return A `(rank, d_in)` and B `(d_out, rank)` as they are written, each rounded once.
 
-    A: Array
-    B: Array
-    scaling: float
-
-
-def original_tensors(
-    modules: Mapping[str, PeftModule], dtype: FloatDtype | None
-) -> dict[str, Array]:
-    """Return the factors under PEFT's keys, for use with the original configuration.
+    Args:
+        A: `(r, d_in)`; float32 where anything is to change, or the rounding is not the only one.
+        B: `(d_out, r)`, likewise.
+        dtype: What is written.
+        scaling: Multiplied into B, in float32; 1 where the configuration holds the scaling.
+        rank: Zeros are appended up to it; by default r.
+        path: The module, for errors.
 
     Raises:
         NonFiniteError: A value overflows `dtype`.
     """
-    tensors: dict[str, Array] = {}
-    for path, module in modules.items():
-        target = FLOAT_DTYPES[dtype] if dtype else module.A.dtype
-        tensors[_key(path, "A")] = _rounded(module.A, target, path)
-        tensors[_key(path, "B")] = _rounded(module.B, target, path)
-    return tensors
-
-
-def portable_tensors(
-    modules: Mapping[str, PeftModule], dtype: FloatDtype | None
-) -> tuple[dict[str, Array], int]:
-    """Return factors that need no scaling, padded with zeros to one rank, and that rank.
-
-    B is multiplied by its scaling in float32 and rounded once.
-
-    Raises:
-        NonFiniteError: A value overflows its dtype.
-    """
-    rank = max(len(module.A) for module in modules.values())
-    tensors: dict[str, Array] = {}
-    for path, module in modules.items():
-        target = FLOAT_DTYPES[dtype] if dtype else module.A.dtype
-        missing = rank - len(module.A)
-        with np.errstate(over="ignore", under="ignore"):  # judged after rounding
-            B = module.B.astype(np.float32) * np.float32(module.scaling)
-        A = np.pad(module.A.astype(np.float32), ((0, missing), (0, 0)))
-        tensors[_key(path, "A")] = _rounded(A, target, path)
-        tensors[_key(path, "B")] = _rounded(np.pad(B, ((0, 0), (0, missing))), target, path)
-    return tensors, rank
+    missing = 0 if rank is None else rank - len(A)
+    with np.errstate(over="ignore", under="ignore"):  # judged after rounding
+        folded = B.astype(np.float32) * np.float32(scaling)
+    return (
+        _rounded(np.pad(A, ((0, missing), (0, 0))), dtype, path),
+        _rounded(np.pad(folded, ((0, 0), (0, missing))), dtype, path),
+    )
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -133,34 +113,42 @@ def write_directory(
     directory: Path,
     *,
     config: bytes,
-    tensors: Mapping[str, Array],
+    factors: Mapping[str, tuple[Array, Array]],
     verbatim: Mapping[str, Array],
     card: str,
     overwrite: bool,
 ) -> None:
     """Write the directory whole, or leave its path as it was.
 
+    Args:
+        directory: The directory.
+        config: Bytes of its configuration file.
+        factors: A and B by module path.
+        verbatim: Other tensors, by their key.
+        card: Text of its model card.
+        overwrite: Replace an existing adapter directory.
+
     Raises:
         OutputExistsError: The directory exists and may not be replaced.
-        InvalidInputError: A verbatim tensor has the key of a factor.
+        InvalidInputError: A verbatim tensor has the key of a factor, or `directory` cannot be a
+            path.
     """
+    tensors = {
+        f"base_model.model.{path}.lora_{factor}.weight": array
+        for path, both in factors.items()
+        for factor, array in zip("AB", both, strict=True)
+    }
     if clash := sorted(tensors.keys() & verbatim.keys()):
         raise InvalidInputError(
             "a verbatim tensor has the key of a restored factor; the source was read wrongly",
             path=clash[0],
         )
     held = {key: Held.of(array, name=key) for key, array in {**tensors, **verbatim}.items()}
-    with OutputDirectory(
-        directory, overwrite=overwrite, marker=_CONFIG, what="an adapter directory"
-    ) as output:
+    with OutputDirectory(directory, overwrite=overwrite, kind=ADAPTER_DIRECTORY) as output:
         write_safetensors(output.partial / "adapter_model.safetensors", held, {"format": "pt"})
         write_file(output.partial / "README.md", card.encode("utf-8"))
         write_file(output.partial / _CONFIG, config)
         output.publish()
-
-
-def _key(path: str, factor: str) -> str:
-    return f"base_model.model.{path}.lora_{factor}.weight"
 
 
 def _rounded(array: Array, dtype: np.dtype[Any], path: str) -> Array:

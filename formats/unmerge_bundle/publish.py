@@ -1,21 +1,88 @@
 """Output directories appear whole or not at all.
 
 Everything is written in a hidden sibling directory, flushed, and renamed into place; whatever goes
-wrong before leaves the output path as it was.
+wrong before leaves the output path as it was. What stands there already is replaced only where all
+of it is known: removing a directory for the sake of one file name in it would remove the work of
+somebody who uses that name, too.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from unmerge_bundle.errors import OutputExistsError
+from unmerge_bundle.errors import BundleError, InvalidInputError, OutputExistsError
+from unmerge_bundle.jsontext import parse_object
+from unmerge_bundle.model import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES
 
-__all__ = ["OutputDirectory", "write_file"]
+__all__ = ["ADAPTER_DIRECTORY", "BUNDLE", "OutputDirectory", "OutputKind", "write_file"]
+
+_BLOB_NAME = re.compile(r"[0-9a-f]{64}\.(json|safetensors)")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputKind:
+    """What an output directory is, and how to tell an earlier one from anything else.
+
+    Attributes:
+        name: What it is called in errors, with its article.
+        foreign: Returns the first entry (relative path) of an existing directory that such an
+            output does not have, or lacks; `None` where all of it may be replaced.
+    """
+
+    name: str
+    foreign: Callable[[Path], str | None]
+
+
+def _foreign_to_bundle(root: Path) -> str | None:
+    for entry in _entries(root):
+        if entry.name == "blobs" and _is_real(entry, directory=True):
+            for blob in _entries(entry):
+                if not _BLOB_NAME.fullmatch(blob.name) or not _is_real(blob):
+                    return f"blobs/{blob.name}"
+        elif entry.name != MANIFEST_NAME:
+            return entry.name
+    return None if _is_manifest(root / MANIFEST_NAME) else MANIFEST_NAME
+
+
+def _foreign_to_adapter(root: Path) -> str | None:
+    for entry in _entries(root):
+        if entry.name not in _ADAPTER_FILES or not _is_real(entry):
+            return entry.name
+    config = _ADAPTER_FILES[0]
+    return None if (root / config).exists() else config
+
+
+BUNDLE = OutputKind("a bundle", _foreign_to_bundle)
+ADAPTER_DIRECTORY = OutputKind("an adapter directory", _foreign_to_adapter)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def _is_real(entry: Path, *, directory: bool = False) -> bool:
+    """Return whether `entry` is a file, or a directory, and no link to one: we write no links."""
+    return not entry.is_symlink() and (entry.is_dir() if directory else entry.is_file())
+
+
+def _is_manifest(file: Path) -> bool:
+    """Return whether `file` is a `bundle.json` of any version, whatever its digest says."""
+    if not file.exists() or not _is_real(file) or file.stat().st_size > MAX_MANIFEST_BYTES:
+        return False
+    try:
+        content = parse_object(file.read_bytes(), where=file.name, error=BundleError, floats=True)
+    except BundleError:
+        return False
+    return content.get("format") == FORMAT
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -37,23 +104,23 @@ class OutputDirectory:
         partial: Where to write until then; exists inside the `with` block.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, marker: str, what: str) -> None:
+    def __init__(self, path: Path, *, overwrite: bool, kind: OutputKind) -> None:
         """Check that `path` may be written.
 
         Args:
             path: The output.
             overwrite: Whether an existing output may be replaced: an empty directory, or one
-                that holds `marker`. Nothing else ever is.
-            marker: File that shows a directory to be an earlier output of this kind.
-            what: What such an output is called, for errors.
+                that holds nothing but an earlier output of this kind. Nothing else ever is.
+            kind: What will be written.
 
         Raises:
+            InvalidInputError: `path` cannot be the path of a directory to write.
             OutputExistsError: `path` exists and may not be replaced.
         """
+        _check_path(path)
         self.path = path
         self._overwrite = overwrite
-        self._marker = marker
-        self._what = what
+        self._kind = kind
         self.partial = self._sibling("partial")
         self._made: list[Path] = []
         self._published = False
@@ -125,19 +192,26 @@ class OutputDirectory:
             return False
         if not self._overwrite:
             raise self._exists()
-        if not self.path.is_symlink() and self.path.is_dir():
-            entries = os.listdir(self.path)  # noqa: PTH208 - only names are needed
-            if not entries or self._marker in entries:
+        if not _is_real(self.path, directory=True):
+            found = "it is no directory"
+        elif not any(self.path.iterdir()):
+            return True
+        else:
+            foreign = self._kind.foreign(self.path)
+            if foreign is None:
                 return True
+            is_there = os.path.lexists(self.path / foreign)
+            found = f"{foreign!r} is {'not part of one' if is_there else 'missing'}"
         raise OutputExistsError(
-            f"exists and is neither an empty directory nor {self._what} (it has no "
-            f"{self._marker}), so it is not overwritten; choose another path or remove it",
+            f"exists and is neither an empty directory nor only {self._kind.name} ({found}), so it "
+            "is not overwritten; choose another path or remove it yourself",
             path=str(self.path),
         )
 
     def _exists(self) -> OutputExistsError:
         return OutputExistsError(
-            f"exists; choose another path, or ask for overwriting to replace {self._what}",
+            f"exists; choose another path, or replace {self._kind.name} that is there with "
+            "--overwrite (command line) or overwrite=True (Python)",
             path=str(self.path),
         )
 
@@ -145,6 +219,29 @@ class OutputDirectory:
         # Not tempfile.mkdtemp: its private mode would stay on the published directory.
         absolute = self.path.absolute()
         return absolute.with_name(f".{absolute.name}.{secrets.token_hex(8)}.{suffix}")
+
+
+def _check_path(path: Path) -> None:
+    """Refuse what no directory can be called, before the system does it half-way and in its words.
+
+    Raises:
+        InvalidInputError: The path holds a NUL byte, cannot be encoded, or ends in no name.
+    """
+    text = str(path)
+    reason = None
+    if "\0" in text:
+        reason = "it holds a NUL byte"
+    elif path.absolute().name in ("", ".."):
+        reason = "it ends in no name of its own"
+    else:
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError:
+            reason = "it holds characters the file system cannot encode"
+    if reason is not None:  # ascii(): the message, too, must be printable
+        raise InvalidInputError(
+            f"the output path {text!a} cannot be written: {reason}; choose another path"
+        )
 
 
 def _flush_directory(folder: Path) -> None:

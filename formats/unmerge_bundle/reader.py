@@ -1,7 +1,7 @@
 """Opens a bundle and gives adapters back; needs neither torch nor the strategy that wrote it.
 
 What is used is checked first: `bundle.json` and the generation document when the bundle is opened,
-a payload by size and digest when something in it is first needed.
+a blob by size and digest when something in it is first needed.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +45,7 @@ from unmerge_bundle.model import (
     GenerationEntry,
     ModuleEntry,
     ModuleErrors,
+    RestoredModuleRecord,
     check_size,
     parse_generation,
     parse_manifest,
@@ -58,7 +61,7 @@ __all__ = ["Bundle", "open_bundle"]
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Open the bundle at `path` and check `bundle.json` and the current generation document.
 
-    Payloads are checked when first used: opening takes the same time whatever the bundle's size.
+    Blobs are checked when first used: opening takes the same time whatever the bundle's size.
 
     Raises:
         NotABundleError: There is no bundle at `path`.
@@ -170,6 +173,10 @@ class Bundle:
         self._slots = {descriptor.digest: _Slot() for descriptor in generation.shared}
         self._blobs = {adapter.name: adapter.blob for adapter in generation.adapters}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the documents; whoever unpickles opens the blobs, which locks guard here."""
+        return Bundle, (self.path, self.generations, self.generation)
+
     def __repr__(self) -> str:
         kind = f"restores {self.restores}" if self.restores else "merged"
         return (
@@ -207,28 +214,20 @@ class Bundle:
         """
         own, metadata = self.open_adapter(name)
         errors = recorded_errors(own, metadata)
-        entries = self.modules
-        modules: dict[str, RestoredModule] = {}
-        for record in metadata.modules:
-            entry = entries[record.path]
-            tensors = {
-                **self._tensors(self.shared_blob(entry.blob), entry, entry.shared_shapes()),
-                **self._tensors(own, entry, entry.adapter_shapes()),
-            }
-            A, B = restore_affine_basis(
-                tensors, dtype=dtype or record.dtype, where=f"{record.path}, adapter {name!r}"
-            )
-            modules[record.path] = RestoredModule(
-                A=A,
-                B=B,
-                scaling=record.scaling,
-                source_scaling=record.source_scaling,
-                source_rank=record.rank,
-                errors=errors[record.path],
-            )
         return RestoredAdapter(
             name=name,
-            modules=modules,
+            modules={
+                record.path: RestoredModule(
+                    A=A,
+                    B=B,
+                    scaling=record.scaling,
+                    source_scaling=record.source_scaling,
+                    source_rank=record.rank,
+                    source_dtype=record.dtype,
+                    errors=errors[record.path],
+                )
+                for record, A, B in self._factors(own, metadata, dtype)
+            },
             # Copied, because a view would keep the blob mapped as long as the tensor lives.
             verbatim={key: own.array(f"verbatim/{key}").copy() for key in metadata.verbatim},
             config=metadata.config,
@@ -237,7 +236,20 @@ class Bundle:
             revision=metadata.revision,
             source_digest=metadata.digest,
             origin=self._origin(),
+            exact=partial(self.exact_factors, name),
         )
+
+    def exact_factors(self, name: str) -> Iterator[tuple[str, Array, Array]]:
+        """Yield path, A and B of adapter `name`, module by module, as float32: not rounded yet.
+
+        Raises:
+            WrongKindError: The bundle holds one merged result.
+            AdapterNotInBundleError: It holds no such adapter.
+            NonFiniteError: A value overflows float32.
+            BundleError: A blob is missing, damaged or malformed.
+        """
+        for record, A, B in self._factors(*self.open_adapter(name), "float32"):
+            yield record.path, A, B
 
     def errors(self, name: str) -> dict[str, ModuleErrors]:
         """Return the errors recorded for adapter `name`, by module path.
@@ -389,6 +401,19 @@ class Bundle:
         """
         file = blob_file(self.path, descriptor)
         return BlobReader(file, where=str(file))
+
+    def _factors(
+        self, own: BlobReader, metadata: AdapterMetadata, dtype: FloatDtype | None
+    ) -> Iterator[tuple[RestoredModuleRecord, Array, Array]]:
+        entries = self.modules
+        for record in metadata.modules:
+            entry = entries[record.path]
+            tensors = {
+                **self._tensors(self.shared_blob(entry.blob), entry, entry.shared_shapes()),
+                **self._tensors(own, entry, entry.adapter_shapes()),
+            }
+            where = f"{record.path}, adapter {metadata.name!r}"
+            yield record, *restore_affine_basis(tensors, dtype=dtype or record.dtype, where=where)
 
     def _tensors(
         self, blob: BlobReader, entry: ModuleEntry, shapes: Mapping[str, tuple[int, ...]]

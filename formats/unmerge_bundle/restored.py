@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from unmerge_bundle.arrays import Array, FloatDtype
+from unmerge_bundle.arrays import FLOAT_DTYPES, Array, FloatDtype, all_finite, round_to
+from unmerge_bundle.card import merged_card, restored_card
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
 from unmerge_bundle.errors import WrongKindError
-from unmerge_bundle.jsontext import canonical_bytes
+from unmerge_bundle.measure import relative_errors
 from unmerge_bundle.model import Generation, ModuleErrors, Source
 from unmerge_bundle.peft import (
-    PeftModule,
-    original_tensors,
     parse_config,
     portable_config,
-    portable_tensors,
     write_directory,
+    written_factors,
 )
 
-__all__ = ["MergedAdapter", "Origin", "RestoredAdapter", "RestoredModule"]
+__all__ = ["MergedAdapter", "Origin", "RestoredAdapter", "RestoredModule", "SavedAdapter"]
+
+_Factors = tuple[Array, Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,23 @@ class Origin:
     bundle: str
     digest: str
     generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class SavedAdapter:
+    """What `save_peft` wrote.
+
+    Attributes:
+        directory: The directory.
+        rounding: How far the written weights are from what the bundle promises: the largest
+            relative difference, over the modules, of the written delta from the recorded one
+            (`‖written − recorded‖ / ‖recorded‖`). The recorded delta is the one the bundle's
+            errors are about, that of the factors restored in their source's dtype, or the merged
+            result's own. 0 where exactly those factors are written.
+    """
+
+    directory: Path
+    rounding: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +64,8 @@ class RestoredModule:
         scaling: What these factors are used with.
         source_scaling: What the original's factors were used with.
         source_rank: Rank of the original's factors; r may be larger.
-        errors: Recorded errors against the original.
+        source_dtype: Dtype of the original's factors.
+        errors: Recorded errors against the original, of the factors restored in `source_dtype`.
     """
 
     A: Array
@@ -53,6 +73,7 @@ class RestoredModule:
     scaling: float
     source_scaling: float
     source_rank: int
+    source_dtype: FloatDtype
     errors: ModuleErrors
 
 
@@ -70,6 +91,8 @@ class RestoredAdapter:
         revision: Its revision, where known.
         source_digest: Digest of the original.
         origin: The bundle it came from.
+        exact: Gives path, A and B of every module again, in float32, from the bundle's files;
+            needed only to write another form or dtype than the one restored to.
     """
 
     name: str
@@ -81,6 +104,7 @@ class RestoredAdapter:
     revision: str | None
     source_digest: str
     origin: Origin
+    exact: Callable[[], Iterator[tuple[str, Array, Array]]]
 
     def delta(self, path: str) -> Array:
         """Return `scaling · B @ A` of one module, float32, `(d_out, d_in)`.
@@ -98,7 +122,7 @@ class RestoredAdapter:
         portable: bool = False,
         dtype: FloatDtype | None = None,
         overwrite: bool = False,
-    ) -> None:
+    ) -> SavedAdapter:
         """Write a PEFT directory: configuration, weights, model card.
 
         The original configuration is kept byte for byte where it still describes the factors:
@@ -107,22 +131,74 @@ class RestoredAdapter:
         `lora_alpha` set to it, so that software that reads nothing but `lora_alpha / r` gets the
         same delta.
 
+        What is written is the float32 reconstruction, folded if need be, rounded once. Where the
+        factors held have been rounded already, the bundle's files are read for it again. The
+        bundle's errors are recorded for factors of the source's dtype with their scaling beside
+        them; how far anything else is from those is measured here, and said in the model card.
+
         Args:
             directory: The directory to write.
             portable: Ask for the portable form.
             dtype: Dtype of the factors, by default the one they were restored to.
             overwrite: Replace an existing adapter directory.
 
+        Returns:
+            The directory, and what rounding added to the recorded errors.
+
         Raises:
+            InvalidInputError: `directory` cannot be a path.
             OutputExistsError: The directory exists and may not be replaced.
             NonFiniteError: A value overflows the dtype.
             ManifestError: The original configuration is needed and is not valid JSON.
+            BundleError: The bundle is read again, and a blob is missing or damaged.
         """
-        modules = {
-            path: PeftModule(module.A, module.B, module.scaling)
-            for path, module in self.modules.items()
-        }
-        original = (
+        portable = portable or not self._fits_its_config()
+        rank = max(len(module.A) for module in self.modules.values())
+        written: dict[str, _Factors] = {}
+        rounding = 0.0
+        if not portable and self._is_recorded_in(dtype):
+            written = {path: (module.A, module.B) for path, module in self.modules.items()}
+        else:
+            for path, A, B in self._exact():
+                module = self.modules[path]
+                written[path] = written_factors(
+                    A,
+                    B,
+                    dtype=FLOAT_DTYPES[dtype] if dtype else module.A.dtype,
+                    scaling=module.scaling if portable else 1.0,
+                    rank=rank if portable else None,
+                    path=path,
+                )
+                recorded = FLOAT_DTYPES[module.source_dtype]
+                difference = _difference(
+                    (round_to(A, recorded), round_to(B, recorded)),
+                    written[path],
+                    recorded_scaling=module.scaling,
+                    written_scaling=1.0 if portable else module.scaling,
+                )
+                rounding = max(rounding, difference)
+        if portable:
+            config = portable_config(
+                paths=list(self.modules),
+                rank=rank,
+                base_model=self.base_model,
+                revision=self.revision,
+                original=parse_config(self.config) if self.format == "peft" else {},
+            )
+        else:
+            config = self.config.encode("utf-8")
+        write_directory(
+            Path(directory),
+            config=config,
+            factors=written,
+            verbatim=self.verbatim,
+            card=restored_card(self, written, portable=portable, rounding=rounding),
+            overwrite=overwrite,
+        )
+        return SavedAdapter(Path(directory), rounding)
+
+    def _fits_its_config(self) -> bool:
+        return (
             self.format == "peft"
             and self.config != ""
             and all(
@@ -130,26 +206,19 @@ class RestoredAdapter:
                 for module in self.modules.values()
             )
         )
-        if original and not portable:
-            config = self.config.encode("utf-8")
-            tensors = original_tensors(modules, dtype)
-        else:
-            tensors, rank = portable_tensors(modules, dtype)
-            config = portable_config(
-                paths=list(modules),
-                rank=rank,
-                base_model=self.base_model,
-                revision=self.revision,
-                original=parse_config(self.config) if self.format == "peft" else {},
-            )
-        write_directory(
-            Path(directory),
-            config=config,
-            tensors=tensors,
-            verbatim=self.verbatim,
-            card=_restored_card(self),
-            overwrite=overwrite,
+
+    def _is_recorded_in(self, dtype: FloatDtype | None) -> bool:
+        """Return whether the factors held are the recorded ones, and `dtype` keeps them so."""
+        return all(
+            module.A.dtype == FLOAT_DTYPES[module.source_dtype]
+            and dtype in (None, module.source_dtype)
+            for module in self.modules.values()
         )
+
+    def _exact(self) -> Iterator[tuple[str, Array, Array]]:
+        if all(module.A.dtype == np.float32 for module in self.modules.values()):
+            return ((path, module.A, module.B) for path, module in self.modules.items())
+        return self.exact()
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +271,7 @@ class MergedAdapter:
         *,
         dtype: FloatDtype | None = None,
         overwrite: bool = False,
-    ) -> None:
+    ) -> SavedAdapter:
         """Write a PEFT directory in the portable form: one rank, `lora_alpha` equal to it.
 
         Args:
@@ -210,18 +279,22 @@ class MergedAdapter:
             dtype: Dtype of the factors, by default the bundle's.
             overwrite: Replace an existing adapter directory.
 
+        Returns:
+            The directory, and how far `dtype` took the deltas from the bundle's.
+
         Raises:
             WrongKindError: A module holds a full-rank delta, which is no adapter without a rank.
+            InvalidInputError: `directory` cannot be a path.
             OutputExistsError: The directory exists and may not be replaced.
             NonFiniteError: A value overflows the dtype.
         """
-        modules: dict[str, PeftModule] = {}
+        factors: dict[str, _Factors] = {}
         dense: list[str] = []
         for path, module in self.modules.items():
             if isinstance(module, DeltaEncoding):
                 dense.append(path)
             else:
-                modules[path] = PeftModule(module.A, module.B, 1.0)
+                factors[path] = (module.A, module.B)
         if dense:
             raise WrongKindError(
                 f"{len(dense)} of {len(self.modules)} modules hold a full-rank delta, the first "
@@ -229,21 +302,28 @@ class MergedAdapter:
                 "a full checkpoint",
                 path=self.origin.bundle,
             )
-        tensors, rank = portable_tensors(modules, dtype)
+        rank = max(len(A) for A, _ in factors.values())
+        target = FLOAT_DTYPES[dtype or self.origin.generation.store_dtype]
+        written = {
+            path: written_factors(A, B, dtype=target, rank=rank, path=path)
+            for path, (A, B) in factors.items()
+        }
+        rounding = max(_difference(factors[path], written[path]) for path in factors)
         write_directory(
             Path(directory),
             config=portable_config(
-                paths=list(modules),
+                paths=list(factors),
                 rank=rank,
                 base_model=self.base_model,
                 revision=self.revision,
                 original={},
             ),
-            tensors=tensors,
+            factors=written,
             verbatim={},
-            card=_merged_card(self),
+            card=merged_card(self, written, rounding=rounding),
             overwrite=overwrite,
         )
+        return SavedAdapter(Path(directory), rounding)
 
 
 def _product(A: Array, B: Array) -> Array:
@@ -251,73 +331,17 @@ def _product(A: Array, B: Array) -> Array:
     return product
 
 
-def _restored_card(adapter: RestoredAdapter) -> str:
-    worst = max(adapter.modules, key=lambda path: adapter.modules[path].errors.delta)
-    errors = [module.errors for module in adapter.modules.values()]
-    lines = [
-        f"Restored from the reversible merge bundle `{adapter.origin.bundle}`.",
-        "An approximation of the original, unless the errors below are 0.",
-        "",
-        f"- Adapter: `{adapter.name}`, original digest `{adapter.source_digest}`",
-        *_origin_lines(adapter.origin),
-        "",
-        "## Reconstruction error",
-        "",
-        "Relative Frobenius norm against the original, as recorded in the bundle.",
-        "",
-        "| | median over modules | largest |",
-        "|---|---|---|",
-        _error_row("factors", [error.factors for error in errors]),
-        _error_row("delta", [error.delta for error in errors]),
-        "",
-        f"The largest delta error is that of module `{worst}`.",
-    ]
-    return _card(adapter.base_model, lines)
-
-
-def _merged_card(adapter: MergedAdapter) -> str:
-    weights = [f"| `{s.name}` | {s.weight:g} | `{s.digest}` |" for s in adapter.sources]
-    lines = [
-        f"Merged from {len(adapter.sources)} adapters.",
-        f"Exported from the bundle `{adapter.origin.bundle}`.",
-        "",
-        *_origin_lines(adapter.origin),
-        "",
-        "## Sources",
-        "",
-        "| adapter | weight | digest |",
-        "|---|---|---|",
-        *weights,
-    ]
-    if adapter.unmerged:
-        lines += ["", "## Not merged", "", "These tensors have no merged value and are left out."]
-        lines += [
-            f"- `{name}`: {', '.join(f'`{key}`' for key in keys)}"
-            for name, keys in sorted(adapter.unmerged.items())
-        ]
-    return _card(adapter.base_model, lines)
-
-
-def _origin_lines(origin: Origin) -> list[str]:
-    generation = origin.generation
-    strategy = generation.strategy
-    base = generation.base_model
-    recipe = canonical_bytes(generation.recipe).decode("utf-8")
-    return [
-        f"- Generation: {generation.number}, `{origin.digest}`",
-        f"- Strategy: `{strategy.method}` version {strategy.version} ({strategy.distribution})",
-        f"- Recipe: `{recipe}`",
-        f"- Base model: `{base.id or 'unknown'}`, revision `{base.revision or 'unknown'}`",
-        f"- Sources: {', '.join(f'`{source.name}`' for source in generation.sources)}",
-    ]
-
-
-def _error_row(label: str, values: list[float]) -> str:
-    return f"| {label} | {np.median(values):.3g} | {max(values):.3g} |"
-
-
-def _card(base_model: str | None, lines: list[str]) -> str:
-    # Strings as JSON are YAML too, whatever characters they hold.
-    base = f"base_model: {canonical_bytes(base_model).decode('utf-8')}\n" if base_model else ""
-    front = f"---\n{base}library_name: peft\ntags:\n- lora\n- unmerge\n---\n"
-    return front + "\n# LoRA adapter\n\n" + "\n".join(lines) + "\n"
+def _difference(
+    recorded: _Factors,
+    written: _Factors,
+    *,
+    recorded_scaling: float = 1.0,
+    written_scaling: float = 1.0,
+) -> float:
+    """Return the relative difference of the written delta from the recorded one."""
+    # Restoring in a wider dtype is the way out where a value overflows the source's.
+    if not all(all_finite(factor) for factor in recorded):
+        return math.inf
+    return relative_errors(
+        recorded, written, source_scaling=recorded_scaling, scaling=written_scaling
+    ).delta

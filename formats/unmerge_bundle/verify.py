@@ -14,6 +14,7 @@ from unmerge_bundle.arrays import FLOAT_DTYPES, Array
 from unmerge_bundle.blob import BlobReader
 from unmerge_bundle.errors import (
     BundleError,
+    DigestMismatchError,
     NotABundleError,
     ReconstructionMismatchError,
     TensorMismatchError,
@@ -33,8 +34,12 @@ from unmerge_bundle.reader import (
     read_limited,
     recorded_errors,
 )
+from unmerge_bundle.restored import RestoredAdapter
 
-__all__ = ["Depth", "Problem", "VerifyReport", "verify"]
+__all__ = ["UNKNOWN_SOURCE", "Depth", "Problem", "VerifyReport", "verify"]
+
+# A problem of a report, never an error raised: only the caller's digests can be without a source.
+UNKNOWN_SOURCE = "unknown-source"
 
 Depth = Literal["structure", "digests", "reconstruction"]
 Originals: TypeAlias = Callable[[str], Mapping[str, tuple[Array, Array]]]
@@ -46,7 +51,10 @@ _RELATIVE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: the error's stable code, where, and what."""
+    """One thing that is wrong: a stable code, where, and what.
+
+    The codes are those of the errors, and `unknown-source`.
+    """
 
     code: str
     path: str
@@ -62,9 +70,12 @@ class VerifyReport:
         depth: How far it was checked.
         problems: Everything wrong, in the order it was met.
         generations: Number of generations checked.
-        blobs: Number of distinct payloads checked.
+        blobs: Number of distinct safetensors blobs checked.
+        sources: Number of sources whose digest was compared with that of the original.
         adapters: Number of adapters restored (0 unless the depth is "reconstruction").
-        compared: Number of those compared with their originals.
+        compared: Number of those compared with their originals, module by module.
+        left_out: Sorted paths of modules that compared originals have and the generation lists
+            for no adapter: they were not merged, and nothing is compared in them.
     """
 
     path: str
@@ -72,8 +83,10 @@ class VerifyReport:
     problems: tuple[Problem, ...] = ()
     generations: int = 0
     blobs: int = 0
+    sources: int = 0
     adapters: int = 0
     compared: int = 0
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -85,17 +98,26 @@ def verify(
     path: str | os.PathLike[str],
     depth: Depth = "digests",
     originals: Originals | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> VerifyReport:
-    """Check every generation of the bundle at `path`.
+    """Check every generation of the bundle at `path`, and the current one against its originals.
+
+    What is compared with originals is counted in the report: `sources` for digests, `compared`
+    for factors. A merged result has no adapters to compare, so that its digests are all there is.
 
     Args:
         path: The bundle.
-        depth: "structure" checks documents, sizes and payload headers; "digests" also every
-            byte of every payload; "reconstruction" also restores every adapter of the current
+        depth: "structure" checks documents, sizes and headers of blobs; "digests" also every
+            byte of every blob; "reconstruction" also restores every adapter of the current
             generation, or reads the merged result, and checks that all values are finite.
         originals: Gives an adapter's original factors, `(A, B)` by module path, from its name;
             with it, and depth "reconstruction", the recorded errors are measured again (within
-            1e-6 absolute plus 1e-3 relative).
+            1e-6 absolute plus 1e-3 relative). It must have every module the adapter is restored
+            in, and no other that the generation lists; modules that the generation lists for no
+            adapter were left out of the merge, not lost in it, and are reported in `left_out`.
+        digests: Digests of the originals by name, such as a store has them, at any depth. Every
+            source of the current generation must be there (else `unknown-source`) and have that
+            digest (else `digest-mismatch`); `originals` is not asked for those that fail.
 
     Returns:
         The report; a bundle that cannot even be opened is a report with that one problem.
@@ -107,15 +129,17 @@ def verify(
         raise ValueError(f'originals need depth "reconstruction", got {depth!r}')
     run = _Run(Path(path), depth)
     with run.collecting():
-        run.check(originals)
+        run.check(originals, digests)
     return VerifyReport(
         path=str(path),
         depth=depth,
         problems=tuple(run.problems),
         generations=run.generations,
         blobs=len(run.seen),
+        sources=run.sources,
         adapters=run.adapters,
         compared=run.compared,
+        left_out=tuple(sorted(run.left_out)),
     )
 
 
@@ -126,8 +150,11 @@ class _Run:
     problems: list[Problem] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     generations: int = 0
+    sources: int = 0
     adapters: int = 0
     compared: int = 0
+    left_out: set[str] = field(default_factory=set)
+    not_original: set[str] = field(default_factory=set)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -136,17 +163,22 @@ class _Run:
             yield
         except BundleError as error:
             message = str(error).removeprefix(f"{error.path}: ")
-            problem = Problem(error.code, error.path, message)
-            if problem not in self.problems:  # a bad shared blob spoils every adapter
-                self.problems.append(problem)
+            self.report(Problem(error.code, error.path, message))
 
-    def check(self, originals: Originals | None) -> None:
+    def report(self, problem: Problem) -> None:
+        """Add `problem`, unless it is there: a bad shared blob spoils every adapter."""
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def check(self, originals: Originals | None, digests: Mapping[str, str] | None) -> None:
         file = self.root / MANIFEST_NAME
         if not file.is_file():
             raise NotABundleError(f"no {MANIFEST_NAME} here", path=str(self.root))
         data = read_limited(file, MAX_MANIFEST_BYTES, str(file))
         manifest = parse_manifest(data, where=str(file))
         current = self._check_generations(manifest)
+        if current is not None and digests is not None:
+            self._compare_sources(current, digests)
         if self.depth == "reconstruction" and current is not None:
             self._reconstruct(current, originals)
 
@@ -192,6 +224,33 @@ class _Run:
         self.seen.add(descriptor.digest)
         return blob
 
+    def _compare_sources(self, bundle: Bundle, digests: Mapping[str, str]) -> None:
+        for source in bundle.generation.sources:
+            where = f"source {source.name!r}"
+            found = digests.get(source.name)
+            if found is None:
+                self.report(
+                    Problem(
+                        UNKNOWN_SOURCE,
+                        where,
+                        f"expected an original with digest {source.digest}, there is none of that "
+                        "name; compare with the store it was merged from",
+                    )
+                )
+            else:
+                self.sources += 1
+                if found != source.digest:
+                    self.report(
+                        Problem(
+                            DigestMismatchError.code,
+                            where,
+                            f"expected an original with digest {source.digest}, got {found}; it is "
+                            "another adapter, or was changed since the merge",
+                        )
+                    )
+            if found != source.digest:
+                self.not_original.add(source.name)
+
     def _reconstruct(self, bundle: Bundle, originals: Originals | None) -> None:
         if bundle.restores is None:
             with self.collecting():
@@ -201,34 +260,42 @@ class _Run:
             with self.collecting():
                 adapter = bundle.restore(name)
                 self.adapters += 1
-                if originals is None:
-                    continue
-                factors = originals(name)
-                if missing := sorted(adapter.modules.keys() ^ factors.keys()):
-                    raise TensorMismatchError(
-                        f"the original and the restored adapter differ in module {missing[0]!r} "
-                        f"and {len(missing) - 1} more; is it the right original?",
-                        path=name,
+                if originals is not None and name not in self.not_original:
+                    self._compare_factors(bundle, adapter, originals(name))
+                    self.compared += 1
+
+    def _compare_factors(
+        self,
+        bundle: Bundle,
+        adapter: RestoredAdapter,
+        factors: Mapping[str, tuple[Array, Array]],
+    ) -> None:
+        listed = bundle.modules.keys()
+        # Listed, but not for this adapter: the bundle says that the original lacks the module.
+        if differing := sorted((factors.keys() & listed) ^ adapter.modules.keys()):
+            raise TensorMismatchError(
+                f"the original and the restored adapter differ in module {differing[0]!r} "
+                f"and {len(differing) - 1} more; is it the right original?",
+                path=f"adapter {adapter.name!r}",
+            )
+        self.left_out |= factors.keys() - listed
+        for path, module in adapter.modules.items():
+            where = f"{path}, adapter {adapter.name!r}"
+            with self.collecting():
+                try:
+                    measured = relative_errors(
+                        factors[path],
+                        (module.A, module.B),
+                        source_scaling=module.source_scaling,
+                        scaling=module.scaling,
                     )
-                for path, module in adapter.modules.items():
-                    with self.collecting():
-                        try:
-                            measured = relative_errors(
-                                factors[path],
-                                (module.A, module.B),
-                                source_scaling=module.source_scaling,
-                                scaling=module.scaling,
-                            )
-                        except ValueError as problem:
-                            raise TensorMismatchError(
-                                str(problem), path=f"{path}, adapter {name!r}"
-                            ) from problem
-                        for kind, recorded, found in (
-                            ("factor", module.errors.factors, measured.factors),
-                            ("delta", module.errors.delta, measured.delta),
-                        ):
-                            _compare(f"{path}, adapter {name!r}", kind, recorded, found)
-                self.compared += 1
+                except ValueError as problem:
+                    raise TensorMismatchError(str(problem), path=where) from problem
+                for kind, recorded, found in (
+                    ("factor", module.errors.factors, measured.factors),
+                    ("delta", module.errors.delta, measured.delta),
+                ):
+                    _compare(where, kind, recorded, found)
 
 
 def _compare(where: str, kind: str, recorded: float, found: float) -> None:

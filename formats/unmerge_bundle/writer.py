@@ -29,6 +29,7 @@ from unmerge_bundle.model import (
     MANIFEST_NAME,
     MAX_DOCUMENT_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_MESSAGE_CHARACTERS,
     AdapterEntry,
     AdapterMetadata,
     AffineBasisModule,
@@ -57,10 +58,10 @@ from unmerge_bundle.model import (
     sha256,
 )
 from unmerge_bundle.names import check_key
-from unmerge_bundle.publish import OutputDirectory, write_file
+from unmerge_bundle.publish import BUNDLE, OutputDirectory, write_file
 from unmerge_bundle.reader import open_bundle
 
-__all__ = ["AdapterRecord", "BundleWriter", "GenerationInfo", "RecordedModule"]
+__all__ = ["AdapterRecord", "BundleWriter", "GenerationInfo", "RecordedModule", "check_message"]
 
 _Module = FactorsModule | DeltaModule | AffineBasisModule
 
@@ -163,16 +164,17 @@ class BundleWriter:
         Args:
             path: The bundle to write.
             info: What the generation document says.
-            overwrite: Replace an existing bundle (or empty directory), once the new one is whole.
-            shared_blob_bytes: Size at which a shared blob is closed and the next begins. A
-                module's tensors are never divided, so a blob may be larger by one module.
+            overwrite: Replace an existing bundle (or empty directory), once the new one is whole;
+                a directory that holds anything besides a bundle is never replaced.
+            shared_blob_bytes: Where the next module, in ascending order of path, would take the
+                tensors of a shared blob beyond this size, the next blob begins. A module's tensors
+                are never divided, so a blob may be larger where one module alone is.
 
         Raises:
+            InvalidInputError: `path` cannot be a path, or two sources have one name.
             OutputExistsError: `path` exists and may not be replaced.
         """
-        self._output = OutputDirectory(
-            Path(path), overwrite=overwrite, marker=MANIFEST_NAME, what="a bundle"
-        )
+        self._output = OutputDirectory(Path(path), overwrite=overwrite, kind=BUNDLE)
         self._info = info
         self._sources = {source.name: source for source in info.sources}
         if len(self._sources) != len(info.sources):
@@ -310,19 +312,23 @@ class BundleWriter:
         """Assemble the blobs, write the documents and let the bundle appear at its path.
 
         Args:
-            message: What the generation is for, for people.
+            message: What the generation is for, for people; see `check_message`.
             created: Aware time of creation, now by default; kept to the second.
 
         Returns:
             What was written, by what it is for.
 
         Raises:
-            InvalidInputError: Announced adapters and modules do not fit together, no module was
-                added, or `info` contradicts them.
+            InvalidInputError: `message` or `created` is not allowed, announced adapters and
+                modules do not fit together, no module was added, or `info` contradicts them.
             ManifestTooLargeError: A JSON document would be larger than the format allows.
             OutputExistsError: The path has appeared meanwhile.
         """
         self._check_open()
+        check_message(message)
+        moment = created or datetime.now(UTC)
+        if moment.tzinfo is None:
+            raise InvalidInputError(f"created {moment} has no time zone; give an aware time")
         path = str(self._output.path)
         records = {name: self._record(name) for name in sorted(self._adapters)}
         shared, modules = self._finish_shared()
@@ -359,14 +365,10 @@ class BundleWriter:
             digest=sha256(document), size=len(document), media_type=GENERATION_MEDIA_TYPE
         )
         write_file(self._output.partial / descriptor.file, document)
-        moment = created or datetime.now(UTC)
-        if moment.tzinfo is None:
-            raise InvalidInputError(f"created {moment} has no time zone; give an aware time")
-        moment = moment.astimezone(UTC)
         entry = GenerationEntry(
             number=1,
             document=descriptor,
-            created=moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created=moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             message=message,
         )
         manifest = seal(Manifest(generations=(entry,)))
@@ -479,6 +481,29 @@ class BundleWriter:
             adapter.blob.add(f"errors/{kind}", np.array(values, dtype=DTYPES["F64"]))
         text = canonical_bytes(metadata.model_dump(mode="json")).decode("utf-8")
         return _descriptor(adapter.blob.finish(self._blobs, {"unmerge": text}))
+
+
+def check_message(message: str) -> str:
+    """Return `message` if a generation may carry it.
+
+    `BundleWriter.finish` checks it again; call this before hours of work depend on it.
+
+    Raises:
+        InvalidInputError: It has more than 4096 characters, or UTF-8 cannot express it.
+    """
+    if len(message) > MAX_MESSAGE_CHARACTERS:
+        raise InvalidInputError(
+            f"the message has {len(message)} characters, at most {MAX_MESSAGE_CHARACTERS} are "
+            "allowed; shorten it"
+        )
+    try:
+        message.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise InvalidInputError(
+            f"the message holds {message[problem.start]!a} at position {problem.start}, which "
+            "UTF-8 cannot express; remove it"
+        ) from None
+    return message
 
 
 def producer_version() -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from unmerge.arrays import dtype_name
+
 __all__ = ["Adapter", "Factors"]
 
 
@@ -85,6 +87,6 @@ class Adapter:
 
 def _update(total: hashlib._Hash, label: str, tensor: torch.Tensor) -> None:
     shape = "x".join(str(n) for n in tensor.shape)
-    total.update(f"{label} {str(tensor.dtype).removeprefix('torch.')} {shape}\n".encode())
+    total.update(f"{label} {dtype_name(tensor.dtype)} {shape}\n".encode())
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     total.update(data.numpy().data)

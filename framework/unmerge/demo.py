@@ -20,7 +20,8 @@ import torch
 
 import unmerge_bundle
 from unmerge.errors import ConfigError
-from unmerge.pipeline import MergePipeline, RunReport, one_thread_per_task
+from unmerge.execution import one_thread_per_task
+from unmerge.pipeline import MergePipeline, RunReport
 from unmerge.readers import read_adapter
 from unmerge.store import AdapterStore
 

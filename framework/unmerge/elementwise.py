@@ -116,7 +116,7 @@ class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
         """Stream the blocks of every module through `measure` and `combine`."""
         return [self._merge_module(module, context) for module in stack]
 
-    def check(self, shape: ModuleShape) -> None:
+    def check(self, shape: ModuleShape, context: MergeContext) -> None:  # noqa: ARG002
         """Refuse mixed ranks in factor space, where entries have no common meaning."""
         if self.space == "factors" and len(set(shape.ranks)) > 1:
             ranks = ", ".join(str(rank) for rank in sorted(set(shape.ranks)))
@@ -132,7 +132,7 @@ class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
         return OutputSize(shared=max(shape.ranks) * (shape.d_out + shape.d_in))
 
     def _merge_module(self, module: StackModule, context: MergeContext) -> Encoding[torch.Tensor]:
-        self.check(module.shape)
+        self.check(module.shape, context)
         merged: dict[Part, torch.Tensor] = {}
         for part in _parts(self.space):
 

@@ -50,6 +50,7 @@ class Capabilities:
         factor_exact: Returns factors whose product equals the dense result.
         mixed_ranks: Adapters of one module may differ in rank.
         stochastic: The result depends on the seed.
+        ignores_weights: Weights have no effect; giving some is refused.
         restores: `"factors"` or `"delta"` where the originals come back, else `None`.
     """
 
@@ -60,6 +61,7 @@ class Capabilities:
     factor_exact: bool = False
     mixed_ranks: bool = False
     stochastic: bool = False
+    ignores_weights: bool = False
     restores: Restores | None = None
 
 
@@ -170,7 +172,7 @@ class OutputSize:
         return self.shared + self.per_adapter
 
 
-class Merger(BaseModel, ABC, frozen=True, extra="forbid"):
+class Merger(BaseModel, ABC, frozen=True, extra="forbid", strict=True):
     """A merging strategy: a frozen model whose fields are its hyperparameters.
 
     A merger is pure: it does no I/O, chooses no device, draws no global randomness and never
@@ -203,11 +205,11 @@ class Merger(BaseModel, ABC, frozen=True, extra="forbid"):
         wider than float32; whoever stores them rounds once.
         """
 
-    def check(self, shape: ModuleShape) -> None:
-        """Refuse, before any tensor is read, a module this merger cannot handle.
+    def check(self, shape: ModuleShape, context: MergeContext) -> None:
+        """Refuse, before any tensor is read, a module or weights this merger cannot handle.
 
         Raises:
-            IncompatibleAdaptersError: Names the module and what to do.
+            UnmergeError: Names the module and what to do.
         """
 
     def predict(self, shape: ModuleShape) -> OutputSize | None:  # noqa: ARG002

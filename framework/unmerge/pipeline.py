@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 
-from unmerge.adapter import Factors
-from unmerge.arrays import DTYPES, round_once, to_numpy
+from unmerge.arrays import to_numpy
 from unmerge.chunking import Chunk
 from unmerge.errors import (
-    CapabilityError,
     ConfigError,
     IncompatibleAdaptersError,
 )
+from unmerge.execution import MergedModule, merge_stack, one_thread_per_task
 from unmerge.merger import MergeContext, Merger, Passes
 from unmerge.plan import Plan, make_plan
 from unmerge.recipe import Recipe
@@ -34,11 +32,8 @@ from unmerge_bundle import (
     GenerationInfo,
     ModuleErrors,
     RecordedModule,
-    reconstruct,
-    relative_errors,
+    check_message,
 )
-from unmerge_bundle.arrays import FloatDtype
-from unmerge_bundle.encodings import AffineBasisEncoding, Encoding
 
 __all__ = ["MergePipeline", "Plan", "RunReport"]
 
@@ -58,6 +53,8 @@ class RunReport:
         nbytes: Bytes of those.
         total_bytes: Bytes of the whole bundle: verbatim tensors, configurations, manifest too.
         errors: Relative reconstruction errors by adapter and module; empty for a merged result.
+        rounding: Largest relative change, over the modules, of a merged delta by rounding to the
+            stored dtype; 0 for a reversible bundle, whose errors include it.
     """
 
     path: Path
@@ -65,7 +62,8 @@ class RunReport:
     elements: int
     nbytes: int
     total_bytes: int
-    errors: Mapping[str, Mapping[str, ModuleErrors]] = field(default_factory=dict)
+    errors: Mapping[str, Mapping[str, ModuleErrors]]
+    rounding: float
 
     @property
     def element_ratio(self) -> float:
@@ -197,16 +195,15 @@ class MergePipeline:
             UnmergeError: As `plan`, or while merging; the store and `out` are as before.
             OutputExistsError: `out` exists and `overwrite` was not given.
         """
+        check_message(message)
         plan = self.plan()
         if plan.refusals:
             raise IncompatibleAdaptersError("; ".join(plan.refusals))
         report = progress or _silent
-        context = MergeContext(
-            weights={name: self.recipe.weights.get(name, 1.0) for name in plan.adapters},
-            seed=self.recipe.seed,
-        )
-        info = self._generation_info(plan, context)
-        collected: dict[str, dict[str, ModuleErrors]] = {}
+        context = plan.context
+        info = self._generation_info(plan)
+        errors: dict[str, dict[str, ModuleErrors]] = {}
+        rounding: dict[str, float] = {}
         with (
             one_thread_per_task(),
             BundleWriter(out, info=info, overwrite=overwrite) as writer,
@@ -217,19 +214,15 @@ class MergePipeline:
             if plan.reversible:
                 for source in plan.sources:
                     self._add_adapter(writer, source, plan)
-            done = 0
             total = len(plan.modules)
             report("merge", 0, total)
             for chunk in plan.chunks:
-                stack = self._read(chunk, plan)
-                tasks = [stack] if self.device.type != "cpu" else _split(stack)
-                for results in pool.map(lambda part: self._merge_stack(part, plan, context), tasks):
-                    for path, encoding, errors in results:
-                        writer.add_module(path, encoding, errors=errors)
-                        for name, measured in errors.items():
-                            collected.setdefault(name, {})[path] = measured
-                        done += 1
-                        report("merge", done, total)
+                for module in self._merge(chunk, plan, context, pool):
+                    writer.add_module(module.path, module.encoding, errors=module.errors)
+                    for name, measured in module.errors.items():
+                        errors.setdefault(name, {})[module.path] = measured
+                    rounding[module.path] = module.rounding
+                    report("merge", len(rounding), total)
             summary = writer.finish(message=message)
         encoded = sum(summary.adapters.values(), start=summary.shared)
         return RunReport(
@@ -238,7 +231,8 @@ class MergePipeline:
             elements=encoded.elements,
             nbytes=encoded.bytes,
             total_bytes=summary.total,
-            errors=collected,
+            errors=errors,
+            rounding=max(rounding.values()),
         )
 
     def _survey(self, plan: Plan, context: MergeContext, report: Progress) -> MergeContext:
@@ -264,30 +258,21 @@ class MergePipeline:
         modules = [(path, self.store.read_module(path, plan.having(path))) for path in chunk.paths]
         return FactorStack.build(modules, plan.adapters, device=self.device)
 
-    def _merge_stack(
-        self, stack: FactorStack, plan: Plan, context: MergeContext
-    ) -> list[tuple[str, Encoding[np.ndarray[Any, Any]], dict[str, ModuleErrors]]]:
-        encodings = self.merger.merge(stack, context)
-        if len(encodings) != len(stack):
-            raise CapabilityError(
-                f"{self.merger.method}.merge returned {len(encodings)} encodings for "
-                f"{len(stack)} modules"
-            )
-        dtype = DTYPES[plan.store_dtype]
-        results = []
-        for module, encoding in zip(stack, encodings, strict=True):
-            stored = encoding.map(
-                lambda tensor, path=module.path: to_numpy(  # type: ignore[misc]
-                    round_once(tensor, dtype, f"{path} ({self.merger.method})")
-                )
-            )
-            errors = {}
-            if isinstance(stored, AffineBasisEncoding):
-                for name, original in module:
-                    source = plan.source(name).modules[module.path]
-                    errors[name] = _measure(module.path, name, original, stored, source.dtype)
-            results.append((module.path, stored, errors))
-        return results
+    def _merge(
+        self, chunk: Chunk, plan: Plan, context: MergeContext, pool: Executor
+    ) -> Iterator[MergedModule]:
+        """Yield a chunk's modules in order; nothing of the chunk outlives the iteration."""
+        stack = self._read(chunk, plan)
+        parts = [stack] if self.device.type != "cpu" else _split(stack)
+        task = functools.partial(
+            merge_stack,
+            self.merger,
+            context=context,
+            plan=plan,
+            distribution=self._registry.distribution(self.merger),
+        )
+        for merged in pool.map(task, parts):
+            yield from merged
 
     def _add_adapter(self, writer: BundleWriter, info: AdapterInfo, plan: Plan) -> None:
         selected = {shape.path for shape in plan.modules}
@@ -308,7 +293,7 @@ class MergePipeline:
             {key: to_numpy(tensor) for key, tensor in self.store.read_verbatim(info.name).items()},
         )
 
-    def _generation_info(self, plan: Plan, context: MergeContext) -> GenerationInfo:
+    def _generation_info(self, plan: Plan) -> GenerationInfo:
         merger = self.merger
         bases = {(i.base_model, i.revision) for i in plan.sources if i.base_model}
         base_model, revision = (
@@ -326,7 +311,7 @@ class MergePipeline:
                 "store_dtype": plan.store_dtype,
                 "libraries": _library_versions(),
                 "sources": [
-                    {"name": i.name, "digest": i.digest, "weight": context.weights[i.name]}
+                    {"name": i.name, "digest": i.digest, "weight": plan.context.weights[i.name]}
                     for i in plan.sources
                 ],
                 "unmerged": {name: list(keys) for name, keys in plan.unmerged.items()},
@@ -337,23 +322,6 @@ class MergePipeline:
 
 def _silent(phase: str, done: int, total: int) -> None:
     """Show no progress."""
-
-
-def _measure(
-    path: str,
-    name: str,
-    original: Factors,
-    stored: AffineBasisEncoding[np.ndarray[Any, Any]],
-    dtype: str,
-) -> ModuleErrors:
-    # The reader's own arithmetic, on the stored tensors and rounded to the source's dtype: the
-    # recorded error is the one a user gets.
-    return relative_errors(
-        (to_numpy(original.A), to_numpy(original.B)),
-        reconstruct(stored, name, dtype=cast(FloatDtype, dtype), path=path),
-        source_scaling=original.scaling,
-        scaling=stored.scalings[stored.names.index(name)],
-    )
 
 
 def _split(stack: FactorStack) -> list[FactorStack]:
@@ -377,14 +345,3 @@ def _device(name: str) -> torch.device:
 def _library_versions() -> dict[str, str]:
     names = ("unmerge", "torch", "numpy", "ml_dtypes", "safetensors", "zarr", "icechunk")
     return {name: importlib.metadata.version(name) for name in names}
-
-
-@contextmanager
-def one_thread_per_task() -> Iterator[None]:
-    """Give BLAS and LAPACK one thread a task: parallelism is over modules, bits do not vary."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,8 +16,9 @@ from unmerge.errors import (
     ConfigError,
     IncompatibleAdaptersError,
     ModuleNotInAdapterError,
+    UnmergeError,
 )
-from unmerge.merger import Merger
+from unmerge.merger import MergeContext, Merger
 from unmerge.recipe import Recipe
 from unmerge.stack import ModuleShape
 from unmerge.store import AdapterInfo, AdapterStore
@@ -31,6 +32,7 @@ class Plan:
 
     Attributes:
         sources: What the store says of the adapters, sorted by name.
+        context: The weights and the seed of the merge.
         chunks: Modules that are merged together, in order.
         absent: Module paths that an adapter lacks, by adapter; adapters lacking none are left out.
         unmerged: Verbatim tensors a merged result cannot hold, by adapter.
@@ -45,6 +47,7 @@ class Plan:
     """
 
     sources: tuple[AdapterInfo, ...]
+    context: MergeContext
     chunks: tuple[Chunk, ...]
     absent: Mapping[str, tuple[str, ...]]
     unmerged: Mapping[str, tuple[str, ...]]
@@ -127,7 +130,11 @@ def make_plan(store: AdapterStore, recipe: Recipe, *, memory_budget: int, worker
     sources = _select_adapters(store, recipe)
     paths = _select_modules(sources, recipe.modules)
     shapes = [_shape(path, sources) for path in paths]
-    refusals = tuple(_refusals(merger, shapes))
+    context = MergeContext(
+        weights={info.name: recipe.weights.get(info.name, 1.0) for info in sources},
+        seed=recipe.seed,
+    )
+    refusals = tuple(_refusals(recipe, context, sources, shapes))
     reversible = merger.capabilities.restores is not None
     chunks = chunk_modules(
         shapes, merger, adapters=len(sources), memory_budget=memory_budget, workers=workers
@@ -138,6 +145,7 @@ def make_plan(store: AdapterStore, recipe: Recipe, *, memory_budget: int, worker
     absent = {info.name: tuple(p for p in paths if p not in info.modules) for info in sources}
     return Plan(
         sources=tuple(sources),
+        context=context,
         chunks=tuple(chunks),
         absent={name: lacking for name, lacking in absent.items() if lacking},
         unmerged={i.name: tuple(i.verbatim) for i in sources if i.verbatim and not reversible},
@@ -198,26 +206,54 @@ def _shape(path: str, sources: Sequence[AdapterInfo]) -> ModuleShape:
             "check that all used the same base model"
         )
     d_out, d_in = sizes.pop()
-    return ModuleShape(path, d_out, d_in, tuple(module.rank for module in having))
+    names = tuple(info.name for info in sources if path in info.modules)
+    return ModuleShape(path, d_out, d_in, names, tuple(module.rank for module in having))
 
 
-def _refusals(merger: Merger, shapes: Sequence[ModuleShape]) -> Iterator[str]:
+def _refusals(
+    recipe: Recipe,
+    context: MergeContext,
+    sources: Sequence[AdapterInfo],
+    shapes: Sequence[ModuleShape],
+) -> Iterator[str]:
+    merger = recipe.merger
     capabilities = merger.capabilities
     if capabilities.needs_activations or capabilities.needs_base_weights:
         needed = "activations" if capabilities.needs_activations else "base weights"
         yield f"{merger.method} needs {needed}, which this pipeline does not provide"
-    for shape in shapes:
-        try:
-            merger.check(shape)
-        except IncompatibleAdaptersError as error:
-            yield str(error)
-        else:
-            if len(set(shape.ranks)) > 1 and not capabilities.mixed_ranks:
-                ranks = ", ".join(str(rank) for rank in sorted(set(shape.ranks)))
+    if capabilities.ignores_weights and recipe.weights:
+        yield f"{merger.method} does not use weights; leave them out"
+    if capabilities.restores is not None:
+        selected = {shape.path for shape in shapes}
+        for info in sources:
+            left = [path for path in info.modules if path not in selected]
+            if left:
                 yield (
-                    f"{shape.path}: ranks {ranks} differ, and {merger.method} does not declare "
-                    "that it takes mixed ranks"
+                    f'a restored "{info.name}" would lack {len(left)} of its modules, such as '
+                    f"{left[0]}: {merger.method} restores whole adapters, so leave out the "
+                    "selection of modules"
                 )
+                break
+    # One line a reason, not a line a module.
+    reasons: dict[str, list[str]] = {}
+    for shape in shapes:
+        reason = _refusal(merger, shape, context)
+        if reason is not None:
+            reasons.setdefault(reason.removeprefix(f"{shape.path}: "), []).append(shape.path)
+    for reason, paths in reasons.items():
+        others = f" (and {len(paths) - 1} more modules)" if len(paths) > 1 else ""
+        yield f"{paths[0]}{others}: {reason}"
+
+
+def _refusal(merger: Merger, shape: ModuleShape, context: MergeContext) -> str | None:
+    try:
+        merger.check(shape, context)
+    except UnmergeError as error:
+        return str(error)
+    if len(set(shape.ranks)) > 1 and not merger.capabilities.mixed_ranks:
+        ranks = ", ".join(str(rank) for rank in sorted(set(shape.ranks)))
+        return f"ranks {ranks} differ, and {merger.method} does not say that it takes mixed ranks"
+    return None
 
 
 def _widest(names: Sequence[str]) -> str:

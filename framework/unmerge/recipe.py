@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -87,11 +88,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-            data = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
         try:
-            return cls.from_data(data, registry=registry)
+            return cls.from_data(parse_yaml(text), registry=registry)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -104,8 +104,21 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         return json.dumps(self.to_data(), indent=2)
 
 
+def parse_yaml(text: str) -> Any:
+    """Return the plain data that YAML or JSON text holds; a key given twice is refused.
+
+    Raises:
+        ConfigError: The text is no YAML, in whatever way.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - derives from SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: 2024-99-99 is read as a date, and an integer may have too many digits.
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, instead of keeping the last."""
+    """A safe loader that refuses a key given twice, and reads `1e-3` as the number it is."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -123,6 +136,14 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+# YAML 1.1, which PyYAML follows, wants a dot in the mantissa; YAML 1.2 and JSON do not.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 def explain(error: ValidationError) -> str:
     """Return a validation error as one line: each field, what is wrong with it, what it got."""
     problems = []
@@ -134,7 +155,7 @@ def explain(error: ValidationError) -> str:
             problems.append(f"{place}: is required")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            problems.append(
-                f"{place}: {message[:1].lower()}{message[1:]} (got {problem['input']!r})"
-            )
+            given = repr(problem["input"])
+            given = given if len(given) <= 80 else f"{given[:77]}…"
+            problems.append(f"{place}: {message[:1].lower()}{message[1:]} (got {given})")
     return "; ".join(problems)

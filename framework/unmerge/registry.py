@@ -112,7 +112,7 @@ class Registry(Mapping[str, Registration]):
                     "Merger classes"
                 )
             for merger in provided:
-                _check_merger(merger, distribution)
+                _check_merger(merger, distribution, outsider=_is_outsider(manager, plugin))
                 if merger.method in found:
                     raise DuplicateMergerError(
                         f'the strategy "{merger.method}" is registered by '
@@ -173,11 +173,22 @@ class Registry(Mapping[str, Registration]):
         return type(merger).__module__
 
 
-def _check_merger(merger: Any, distribution: str) -> None:
+def _check_merger(merger: Any, distribution: str, *, outsider: bool) -> None:
     if not (isinstance(merger, type) and issubclass(merger, Merger)):
         raise PluginError(f"{distribution}: unmerge_mergers returned {merger!r}, no Merger class")
     if inspect.isabstract(merger) or not isinstance(getattr(merger, "method", None), str):
         raise PluginError(f"{distribution}: {merger.__name__} needs a `method` name and a `merge`")
+    if outsider and "." not in merger.method:
+        raise PluginError(
+            f'{distribution}: the strategy "{merger.method}" needs a name of the form '
+            '"vendor.name"; names without a dot are for those that come with unmerge'
+        )
+
+
+def _is_outsider(manager: PluginManager, plugin: str) -> bool:
+    """Return whether a plugin was installed by another distribution than this one."""
+    distribution = manager.distributions.get(plugin)
+    return distribution is not None and distribution.partition(" ")[0] != hookspecs.PROJECT
 
 
 @functools.cache

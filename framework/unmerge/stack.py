@@ -22,12 +22,14 @@ class ModuleShape:
         path: Module path.
         d_out: Output features.
         d_in: Input features.
-        ranks: Rank of each adapter that has the module, in sorted-name order.
+        adapters: Names of the adapters that have the module, sorted.
+        ranks: Rank of each of them.
     """
 
     path: str
     d_out: int
     d_in: int
+    adapters: tuple[str, ...]
     ranks: tuple[int, ...]
 
     @property
@@ -54,7 +56,8 @@ class StackModule:
     def shape(self) -> ModuleShape:
         """The module's shape."""
         first = self.factors[0]
-        return ModuleShape(self.path, first.d_out, first.d_in, tuple(f.rank for f in self.factors))
+        ranks = tuple(f.rank for f in self.factors)
+        return ModuleShape(self.path, first.d_out, first.d_in, self.adapters, ranks)
 
     def __iter__(self) -> Iterator[tuple[str, Factors]]:
         return iter(zip(self.adapters, self.factors, strict=True))

@@ -51,18 +51,30 @@ class Average(Merger, frozen=True):
         """
         encodings: list[Encoding[torch.Tensor]] = []
         for module in stack:
+            divisor = self._divisor(module.shape, context)
             weights = context.weights_of(module.adapters)
-            counted = weights if self.absent == "renormalise" else list(context.weights.values())
-            divisor = sum(counted)
-            # Relative: weights such as 0.1, 0.2, -0.3 sum to rounding noise, not to 0.
-            if abs(divisor) <= 1e-12 * sum(abs(w) for w in counted):
-                raise ConfigError(
-                    f"{module.path}: the weights sum to 0, so there is no average; "
-                    "use task_arithmetic, which does not divide by them"
-                )
             A, B = concatenate(module.factors, [w / divisor for w in weights])
             encodings.append(FactorsEncoding(A=A, B=B))
         return encodings
+
+    def check(self, shape: ModuleShape, context: MergeContext) -> None:
+        """Refuse weights that sum to zero.
+
+        Raises:
+            ConfigError: They do.
+        """
+        self._divisor(shape, context)
+
+    def _divisor(self, shape: ModuleShape, context: MergeContext) -> float:
+        names = shape.adapters if self.absent == "renormalise" else context.adapters
+        counted = context.weights_of(names)
+        # Relative: weights such as 0.1, 0.2, -0.3 sum to rounding noise, not to 0.
+        if abs(sum(counted)) <= 1e-12 * sum(abs(w) for w in counted):
+            raise ConfigError(
+                f"{shape.path}: the weights sum to 0, so there is no average; "
+                "use task_arithmetic, which does not divide by them"
+            )
+        return sum(counted)
 
     def predict(self, shape: ModuleShape) -> OutputSize:
         """Return the elements of one adapter of rank Σ r_i."""

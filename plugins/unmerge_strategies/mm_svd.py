@@ -71,7 +71,12 @@ class MmSvd(Merger, frozen=True):
             needs_survey=inner.needs_survey,
             mixed_ranks=inner.mixed_ranks,
             stochastic=inner.stochastic,
+            ignores_weights=inner.ignores_weights,
         )
+
+    def check(self, shape: ModuleShape, context: MergeContext) -> None:
+        """Refuse what the inner rule refuses."""
+        self.inner.check(shape, context)
 
     def survey(self, passes: Passes, context: MergeContext) -> object:
         """Survey for the inner rule."""

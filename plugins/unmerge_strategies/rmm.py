@@ -54,10 +54,10 @@ class Rmm(ReversibleMerger, frozen=True):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Restores factors; needs one rank per module."""
-        return Capabilities(restores="factors")
+        """Restores factors as they were, whatever the weights; needs one rank per module."""
+        return Capabilities(restores="factors", ignores_weights=True)
 
-    def check(self, shape: ModuleShape) -> None:
+    def check(self, shape: ModuleShape, context: MergeContext) -> None:  # noqa: ARG002
         """Refuse mixed ranks: positions would be points of different dimension.
 
         Raises:
@@ -70,8 +70,10 @@ class Rmm(ReversibleMerger, frozen=True):
                 "adapters of one rank, or merge each rank into a bundle of its own"
             )
 
-    def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:  # noqa: ARG002
+    def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         """Fit every module's positions. O((d_out + d_in) N r min(N, r)) each."""
+        for module in stack:
+            self.check(module.shape, context)
         return [self._fit(module) for module in stack]
 
     def predict(self, shape: ModuleShape) -> OutputSize:
@@ -93,12 +95,12 @@ class Rmm(ReversibleMerger, frozen=True):
                 f"basis_size {self.basis_size} is cut to {size} or less on {len(cut)} modules: "
                 "min(adapters - 1, rank) already restores them exactly"
             )
-        if sum(self.predict(s).total for s in shapes) >= sum(s.elements for s in shapes):
+        kept = sum(s.elements for s in shapes)
+        if sum(self.predict(s).total for s in shapes) >= kept:
+            largest = max(self._size(len(s.ranks), s.ranks[0]) for s in shapes)
+            smaller = [self.model_copy(update={"basis_size": p}) for p in range(1, largest)]
             saving = [
-                p
-                for p in range(1, self.basis_size)
-                if sum(self.model_copy(update={"basis_size": p}).predict(s).total for s in shapes)
-                < sum(s.elements for s in shapes)
+                m.basis_size for m in smaller if sum(m.predict(s).total for s in shapes) < kept
             ]
             lines.append(
                 f"basis_size {max(saving)} or less would be smaller than the adapters"
@@ -117,7 +119,6 @@ class Rmm(ReversibleMerger, frozen=True):
         return min(self.basis_size, count - 1, rank)
 
     def _fit(self, module: StackModule) -> AffineBasisEncoding[torch.Tensor]:
-        self.check(module.shape)
         scalings = tuple(f.scaling for f in module.factors)
         folded = [s if self.fold_scaling else 1.0 for s in scalings]
         columns = torch.stack([f.A.T for f in module.factors], dim=1)  # (d_in, N, r)

@@ -84,6 +84,7 @@ def test_unknown_fields_are_ignored_but_covered_by_the_digest() -> None:
         (sealed(content(entry={"created": "2026-1-31T12:00:00Z"})), ManifestError, "created"),
         (sealed(content(entry={"created": "2026-01-31T12:00:00+01:00"})), ManifestError, "created"),
         (sealed(content(entry={"message": None})), ManifestError, "message"),
+        (sealed(content(entry={"message": "x" * 4097})), ManifestError, "message"),
         (b'{"format":"unmerge-bundle","x":0.5}', ManifestError, "no integer"),
         (b"{" + b" " * MAX_MANIFEST_BYTES + b"}", ManifestTooLargeError, "at most"),
     ],

@@ -14,8 +14,10 @@ def test_good_adapter_names(name: str) -> None:
     "name", ["", ".", "..", "-v", "a/b", "a b", "a\n", "é", "x" * 129, "_a", "a\\b", "a:b"]
 )
 def test_bad_adapter_names(name: str) -> None:
-    with pytest.raises(ValueError, match="not allowed"):
+    with pytest.raises(ValueError, match=r"^adapter name .* is not allowed"):
         check_name(name)
+    with pytest.raises(ValueError, match=r"^tag .* is not allowed"):
+        check_name(name, what="tag")
 
 
 @given(st.text())

@@ -1,6 +1,8 @@
 """Directories we write, loaded by PEFT itself."""
 
 import json
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,24 @@ from unmerge_bundle import (
     AdapterRecord,
     AffineBasisEncoding,
     BundleWriter,
+    FactorsEncoding,
     InvalidInputError,
     ManifestError,
+    MissingBlobError,
     ModuleErrors,
     NonFiniteError,
     OutputExistsError,
     RecordedModule,
     RestoredAdapter,
+    SavedAdapter,
     WrongKindError,
+    reconstruct,
 )
 from unmerge_bundle.arrays import FLOAT_DTYPES, FloatDtype
+from unmerge_bundle.blob import BlobReader
 
 Make = Callable[..., Any]
+SHAPES = ("layers.0.q_proj", "layers.1.v_proj")  # the modules of `make_zoo` and `make_merged`
 DIGEST = f"sha256:{'0' * 64}"
 
 
@@ -256,18 +264,116 @@ def test_the_model_card_says_where_it_came_from(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
-def test_scaling_is_folded_once_and_rounded_once(tmp_path: Path, make_zoo: Make) -> None:
-    zoo = make_zoo(dtype="float16", scaling=1 / 3, source_scaling=1 / 3)
+def written(directory: Path) -> dict[str, tuple[Any, Any]]:
+    """Return A and B by module path, in the dtype they have in the file."""
+    file = BlobReader(directory / "adapter_model.safetensors", where="test")
+    keys = {path: f"base_model.model.{path}.lora_" for path in SHAPES}
+    return {
+        path: (file.array(f"{key}A.weight"), file.array(f"{key}B.weight"))
+        for path, key in keys.items()
+    }
+
+
+@pytest.mark.parametrize("held", [None, "float32", "float16"])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("portable", [False, True])
+def test_what_is_written_is_folded_first_and_rounded_once(
+    tmp_path: Path,
+    make_zoo: Make,
+    held: FloatDtype | None,
+    dtype: FloatDtype | None,
+    portable: bool,
+) -> None:
+    zoo = make_zoo(source_dtype="bfloat16", scaling=1.375, source_scaling=1.375, config="{}")
     zoo.write(tmp_path / "out.rmb")
-    adapter = restored(tmp_path / "out.rmb")
-    adapter.save_peft(tmp_path / "dir", portable=True)
-    tensors = safetensors.torch.load_file(tmp_path / "dir" / "adapter_model.safetensors")
-    for path, module in adapter.modules.items():
-        folded = (module.B.astype(np.float32) * np.float32(1 / 3)).astype(np.float16)
-        written = tensors[f"base_model.model.{path}.lora_B.weight"].numpy()
-        assert written.tobytes() == folded.tobytes()
-        written = tensors[f"base_model.model.{path}.lora_A.weight"].numpy()
-        assert written.tobytes() == module.A.tobytes()
+    adapter = restored(tmp_path / "out.rmb", dtype=held)
+    saved = adapter.save_peft(tmp_path / "dir", portable=portable, dtype=dtype)
+    target = FLOAT_DTYPES[dtype or held or "bfloat16"]
+    expected_rounding = 0.0
+    for path, (A, B) in written(tmp_path / "dir").items():
+        exact_A, exact_B = reconstruct(zoo.encodings[path], "math", dtype="float32")
+        folded = exact_B * np.float32(1.375) if portable else exact_B
+        assert (A.tobytes(), B.tobytes()) == (
+            exact_A.astype(target).tobytes(),
+            folded.astype(target).tobytes(),
+        )
+        # From the files alone, with dense float64 deltas.
+        promised_A, promised_B = (
+            factor.astype(np.float64)
+            for factor in reconstruct(zoo.encodings[path], "math", dtype="bfloat16")
+        )
+        promised = 1.375 * promised_B @ promised_A
+        scaling = 1.0 if portable else 1.375
+        delta = scaling * B.astype(np.float64) @ A.astype(np.float64)
+        error = float(np.linalg.norm(delta - promised) / np.linalg.norm(promised))
+        expected_rounding = max(expected_rounding, error)
+    assert saved == SavedAdapter(tmp_path / "dir", saved.rounding)
+    assert saved.rounding == pytest.approx(expected_rounding, rel=1e-6, abs=0)
+    assert (saved.rounding == 0) == (not portable and target == ml_dtypes.bfloat16)
+    card = (tmp_path / "dir" / "README.md").read_text()
+    assert "restored in the original's dtype (`bfloat16`)" in card
+    assert f"This directory holds the factors in `{target.name}`" in card
+    assert ("folded into factor B" in card) == portable
+    if saved.rounding:
+        assert f"differs from the one with these errors by at most {saved.rounding:.3g}" in card
+    else:
+        assert "exactly the one with these errors" in card
+
+
+def test_an_exact_power_of_two_folds_without_a_trace(tmp_path: Path, make_zoo: Make) -> None:
+    make_zoo(source_dtype="bfloat16").write(tmp_path / "out.rmb")
+    saved = restored(tmp_path / "out.rmb").save_peft(tmp_path / "dir", portable=True)
+    assert saved.rounding == 0.0
+
+
+def test_the_files_are_read_again_only_for_another_form(tmp_path: Path, make_zoo: Make) -> None:
+    make_zoo(source_dtype="bfloat16", config="{}").write(tmp_path / "out.rmb")
+    copied = pickle.dumps(restored(tmp_path / "out.rmb"))
+    adapter = pickle.loads(copied)  # noqa: S301 - our own bytes
+    adapter.save_peft(tmp_path / "before", portable=True)
+    wide = restored(tmp_path / "out.rmb", dtype="float32")
+    shutil.rmtree(tmp_path / "out.rmb")
+    adapter.save_peft(tmp_path / "same")
+    wide.save_peft(tmp_path / "wide", portable=True, dtype="bfloat16")
+    for path, (A, B) in written(tmp_path / "before").items():
+        other = written(tmp_path / "wide")[path]
+        assert (A.tobytes(), B.tobytes()) == (other[0].tobytes(), other[1].tobytes())
+    with pytest.raises(MissingBlobError):
+        adapter.save_peft(tmp_path / "portable", portable=True)
+    assert not (tmp_path / "portable").exists()
+
+
+def test_factors_the_source_dtype_cannot_hold_are_infinitely_far(
+    tmp_path: Path, make_zoo: Make
+) -> None:
+    zoo = make_zoo(source_dtype="float16", config="{}")
+    zoo.encodings["layers.0.q_proj"].mean_B[0, 0] = 1e6
+    zoo.write(tmp_path / "out.rmb")
+    with pytest.raises(NonFiniteError):
+        restored(tmp_path / "out.rmb")
+    saved = restored(tmp_path / "out.rmb", dtype="float32").save_peft(tmp_path / "dir")
+    assert saved.rounding == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_merged_result_says_what_its_dtype_cost(
+    tmp_path: Path, make_merged: Make, dtype: FloatDtype | None
+) -> None:
+    make_merged().write(tmp_path / "out.rmb")
+    merged = unmerge_bundle.open(tmp_path / "out.rmb").merged()
+    saved = merged.save_peft(tmp_path / "dir", dtype=dtype)
+    rounding = 0.0
+    for path, (A, B) in written(tmp_path / "dir").items():
+        promised = merged.modules[path]
+        assert isinstance(promised, FactorsEncoding)
+        exact = promised.B.astype(np.float64) @ promised.A.astype(np.float64)
+        error = np.linalg.norm(B.astype(np.float64) @ A.astype(np.float64) - exact)
+        rounding = max(rounding, float(error / np.linalg.norm(exact)))
+    assert saved.rounding == pytest.approx(rounding, rel=1e-6, abs=0)
+    assert (saved.rounding > 0) == (dtype is not None)
+    card = (tmp_path / "dir" / "README.md").read_text()
+    assert ("exactly the bundle's" in card) == (dtype is None)
+    assert (f"by at most {rounding:.3g}" in card) == (dtype is not None)
 
 
 def test_dtype_changes_factors_and_leaves_verbatim_tensors(

@@ -28,10 +28,12 @@ from unmerge_bundle.model import (
     GENERATION_MEDIA_TYPE,
     MAX_DOCUMENT_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_MESSAGE_CHARACTERS,
     AdapterMetadata,
     Generation,
     parse_manifest,
 )
+from unmerge_bundle.verify import UNKNOWN_SOURCE
 
 SPEC = Path(__file__).parents[2] / "docs" / "spec" / "bundle-v1.md"
 DIGEST = "sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
@@ -146,6 +148,8 @@ def test_the_spec_names_every_code_dtype_and_limit() -> None:
         f"`{BLOB_MEDIA_TYPE}`",
         f"{MAX_MANIFEST_BYTES:,}",
         f"{MAX_DOCUMENT_BYTES:,}",
+        f"{MAX_MESSAGE_CHARACTERS:,}",
+        f"`{UNKNOWN_SOURCE}`",
         "100,000,000",
     ):
         assert fact in text, fact

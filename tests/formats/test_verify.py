@@ -106,6 +106,69 @@ def test_recorded_infinity_must_be_found_again(tmp_path: Path, make_zoo: Make) -
     assert codes(report) == ["reconstruction-mismatch"]
 
 
+def digests_of(zoo: Any) -> dict[str, str]:
+    return {source.name: source.digest for source in zoo.info.sources}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("merged", [False, True])
+def test_every_source_is_compared_with_its_original(
+    tmp_path: Path, make_zoo: Make, make_merged: Make, depth: Depth, merged: bool
+) -> None:
+    zoo = make_merged() if merged else make_zoo()
+    zoo.write(tmp_path / "out")
+    digests = {**digests_of(zoo), "unrelated": "sha256:" + "7" * 64}
+    assert verify(tmp_path / "out", depth).sources == 0
+    report = verify(tmp_path / "out", depth, digests=digests)
+    assert report.ok
+    assert report.sources == len(zoo.info.sources)
+
+    digests["code"] = "sha256:" + "1" * 64
+    del digests["math"]
+    report = verify(tmp_path / "out", depth, digests=digests)
+    assert codes(report) == ["digest-mismatch", "unknown-source"]
+    assert [problem.path for problem in report.problems] == ["source 'code'", "source 'math'"]
+    assert "got sha256:1111" in report.problems[0].message
+    assert report.sources == len(zoo.info.sources) - 1
+
+
+def test_only_originals_with_the_right_digest_are_asked_for(tmp_path: Path, make_zoo: Make) -> None:
+    zoo = make_zoo()
+    zoo.write(tmp_path / "out")
+    asked = []
+
+    def originals(name: str) -> Any:
+        asked.append(name)
+        return zoo.originals[name]
+
+    digests = {**digests_of(zoo), "code": "sha256:" + "1" * 64}
+    del digests["math"]
+    report = verify(tmp_path / "out", "reconstruction", originals, digests)
+    assert codes(report) == ["digest-mismatch", "unknown-source"]
+    assert asked == ["sql"]
+    assert (report.sources, report.adapters, report.compared) == (2, 3, 1)
+
+
+def test_modules_outside_the_merge_are_named_and_lost_ones_are_problems(
+    tmp_path: Path, make_zoo: Make
+) -> None:
+    zoo = make_zoo()
+    zoo.write(tmp_path / "out")
+    factors = zoo.originals["math"]["layers.0.q_proj"]
+    for name in ("math", "code"):
+        zoo.originals[name]["layers.9.elsewhere"] = factors
+    report = verify(tmp_path / "out", "reconstruction", zoo.originals.__getitem__)
+    assert report.ok
+    assert (report.compared, report.left_out) == (3, ("layers.9.elsewhere",))
+    # The bundle says "sql" lacks this module: an original that has it is another one.
+    zoo.originals["sql"]["layers.1.v_proj"] = factors
+    report = verify(tmp_path / "out", "reconstruction", zoo.originals.__getitem__)
+    assert codes(report) == ["tensor-mismatch"]
+    assert report.problems[0].path == "adapter 'sql'"
+    assert "layers.1.v_proj" in report.problems[0].message
+    assert report.compared == 2
+
+
 def test_originals_without_effect_are_refused(bundle_path: Path) -> None:
     with pytest.raises(ValueError, match="reconstruction"):
         verify(bundle_path, "digests", lambda _: {})

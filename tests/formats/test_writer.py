@@ -17,6 +17,7 @@ from unmerge_bundle import (
     NonFiniteError,
     OutputExistsError,
     TensorMismatchError,
+    check_message,
 )
 from unmerge_bundle.encodings import Encoding
 
@@ -85,6 +86,48 @@ def test_shared_tensors_are_grouped_by_size(tmp_path: Path, make_zoo: MakeZoo) -
     restored = one.restore("math"), two.restore("math")
     for path in zoo.encodings:
         assert restored[0].modules[path].A.tobytes() == restored[1].modules[path].A.tobytes()
+
+
+def test_the_grouping_does_not_depend_on_the_order_of_arrival(
+    tmp_path: Path, make_merged: MakeZoo
+) -> None:
+    zoo = make_merged()
+    tall, wide = zoo.encodings.values()  # 80 and 96 bytes
+    modules = {"a": tall, "b": wide, "c": tall}
+    for name, order in (("up", "abc"), ("down", "cba"), ("mixed", "acb")):
+        with BundleWriter(tmp_path / name, info=zoo.info, shared_blob_bytes=176) as writer:
+            for path in order:
+                writer.add_module(path, modules[path])
+            writer.finish(created=datetime(2026, 1, 1, tzinfo=UTC))
+        generation = unmerge_bundle.open(tmp_path / name).generation
+        assert [(module.path, module.blob) for module in generation.modules] == [
+            ("a", 0),
+            ("b", 0),  # fits exactly
+            ("c", 1),
+        ]
+    assert files(tmp_path / "up") == files(tmp_path / "down") == files(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(
+    ("message", "match"), [("x" * 4097, "4097 characters"), ("ok\ud800", "position 2")]
+)
+def test_bad_messages_are_refused_before_anything_is_assembled(
+    tmp_path: Path, make_merged: MakeZoo, message: str, match: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=match) as caught:
+        check_message(message)
+    assert str(caught.value).isprintable()
+    zoo = make_merged()
+    with BundleWriter(tmp_path / "out", info=zoo.info) as writer:
+        for path, encoding in zoo.encodings.items():
+            writer.add_module(path, encoding)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InvalidInputError, match=match):
+            writer.finish(message=message)
+        assert sorted(tmp_path.rglob("*")) == before
+        writer.finish(message="é" * 4096)  # nothing is lost by the mistake
+    (entry,) = unmerge_bundle.open(tmp_path / "out").generations
+    assert entry.message == check_message("é" * 4096)
 
 
 def test_creation_time_is_kept_in_utc(tmp_path: Path, make_merged: MakeZoo) -> None:

@@ -233,7 +233,14 @@ def test_a_duplicate_name_is_refused(zoo: Path, adapters: Path) -> None:
         (["--method", "rmm", "--memory-budget", "1kB"], 1, "smallest budget"),
         (["--method", "rmm", "--device", "toaster"], 2, "toaster"),
         (["--method", "rmm", "--at", "no-such-tag"], 1, "no-such-tag"),
-        (["--method", "average", "--weights", "sql=1,math=-1,chat=0,code=0"], 2, "sum to 0"),
+        (["--method", "average", "--weights", "sql=1,math=-1,chat=0,code=0"], 1, "sum to 0"),
+        (["--method", "rmm", "--set", "method=average"], 2, "--method"),
+        (["--method", "rmm", "--set", "basis_size=true"], 2, "basis_size"),
+        (["--method", "rmm", "--set", "basis_size=2024-99-99"], 2, "basis_size=2024-99-99"),
+        (["--method", "rmm", "--set", "basis_size=" + "[" * 5000], 2, "basis_size"),
+        (["--method", "rmm", "--weights", "sql=5"], 1, "does not use weights"),
+        (["--method", "rmm", "--modules", "layers.0.q"], 1, "restores whole adapters"),
+        (["--method", "average", "--message", "\udcff"], 1, "message"),
     ],
 )
 def test_wrong_usage_is_one_line_and_writes_nothing(
@@ -302,6 +309,46 @@ def test_verify_finds_a_flipped_bit_and_exits_1(zoo: Path, tmp_path: Path) -> No
     report = run("verify", tmp_path / "o.rmb", "--json")
     assert report.exit_code == 1
     assert json.loads(report.stdout)["ok"] is False
+
+
+def test_verify_says_what_it_compared(zoo: Path, adapters: Path, tmp_path: Path) -> None:
+    ok("merge", zoo, tmp_path / "o.rmb", "--method", "rmm")
+    ok("merge", zoo, tmp_path / "m.rmb", "--method", "average")
+    assert "4 adapters compared with their originals" in ok(
+        "verify", tmp_path / "o.rmb", "--store", zoo
+    )
+    assert "4 sources' digests compared" in ok("verify", tmp_path / "m.rmb", "--store", zoo)
+    other = tmp_path / "other"
+    ok("init", other)
+    ok("add", other, adapters / "sql", "--name", "math")
+    for bundle in ("o.rmb", "m.rmb"):
+        result = run("verify", tmp_path / bundle, "--store", other)
+        assert result.exit_code == 1
+        assert "digest-mismatch" in result.stderr
+        assert "unknown-source" in result.stderr
+    result = run("verify", tmp_path / "o.rmb", "--at", "v1")
+    assert result.exit_code == 2
+    assert "--store" in result.stderr
+
+
+def test_a_merge_says_what_rounding_changed(zoo: Path, tmp_path: Path) -> None:
+    scale = ("--method", "mm_svd", "--set", "inner.scale=1e-8")
+    scale += ("--set", "inner.method=task_arithmetic", "--dtype", "float16")
+    report = json.loads(ok("merge", zoo, tmp_path / "bad.rmb", *scale, "--json"))
+    assert report["rounding"] > 0.01
+    assert "--dtype float32 avoids it" in ok("merge", zoo, tmp_path / "bad2.rmb", *scale)
+    report = json.loads(
+        ok("merge", zoo, tmp_path / "good.rmb", *scale, "--set", "split=balanced", "--json")
+    )
+    assert 0 < report["rounding"] < 0.01
+
+
+def test_a_url_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("init", "s3://bucket/zoo")
+    assert result.exit_code == 1
+    assert "s3:" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_store_or_bundle_is_said_so(tmp_path: Path) -> None:

@@ -314,14 +314,14 @@ def test_a_block_knows_where_it_is(space: Any, rows: int) -> None:
 @pytest.mark.parametrize("case", MIXED_RANK_CASES, ids=str)
 def test_mixed_ranks_are_refused_in_factor_space_only(case: Case) -> None:
     shape = case.stack().module(0).shape
-    SumRule().check(shape)
+    SumRule().check(shape, case.context())
     with pytest.raises(
         IncompatibleAdaptersError,
         match=r"^layer\.0: ranks .* differ; test\.sum with space=factors needs equal ranks",
     ):
         merge(SumRule(space="factors"), case)
     with pytest.raises(IncompatibleAdaptersError):
-        SumRule(space="factors").check(shape)
+        SumRule(space="factors").check(shape, case.context())
 
 
 @pytest.mark.parametrize("space", ["delta", "factors"])

@@ -165,7 +165,7 @@ def test_an_abstract_merger_cannot_be_built() -> None:
 
 
 def test_a_reversible_merger_declares_what_it_restores() -> None:
-    assert Rmm().capabilities == Capabilities(restores="factors")
+    assert Rmm().capabilities == Capabilities(restores="factors", ignores_weights=True)
 
 
 def test_the_default_answers_are_the_conservative_ones() -> None:
@@ -177,9 +177,10 @@ def test_the_default_answers_are_the_conservative_ones() -> None:
         factor_exact=False,
         mixed_ranks=False,
         stochastic=False,
+        ignores_weights=False,
         restores=None,
     )
-    merger, shape = NeedsActivations(), ModuleShape("m", 3, 4, (2, 1))
+    merger, shape = NeedsActivations(), ModuleShape("m", 3, 4, ("a", "b"), (2, 1))
     assert merger.predict(shape) is None
     assert merger.advise([shape]) == []
     assert merger.workspace_bytes(shape) == 3 * 8 * 3 * (3 + 4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +31,9 @@ from unmerge.errors import (
     MemoryBudgetError,
     ModuleNotInAdapterError,
     NonFiniteError,
+    PluginError,
 )
+from unmerge_strategies import Rmm
 
 SHAPES = {f"layers.{n}.q": (24, 16) for n in range(4)} | {"layers.0.up": (40, 16)}
 
@@ -142,6 +147,36 @@ def test_bytes_do_not_depend_on_budget_workers_or_import_order(
         assert blobs(tmp_path / f"{number}.rmb") == expected
 
 
+RUN = """
+import sys
+from unmerge import AdapterStore, MergePipeline
+store, out, method = sys.argv[1:]
+MergePipeline(AdapterStore.open(store), {"method": method}).run(out)
+"""
+
+
+def test_bytes_are_equal_in_fresh_processes_with_any_number_of_threads(tmp_path: Path) -> None:
+    store = AdapterStore.create(tmp_path / "zoo")
+    # Large enough for BLAS to use several threads, with which sums round differently.
+    modules = {"layers.0.up": (1024, 512), "layers.1.up": (1024, 512)}
+    for seed in range(4):
+        store.add(make_adapter(f"a{seed}", seed=seed, modules=modules, rank=16))
+    store.commit("large")
+    for method in ("rmm", "mm_svd"):
+        written = []
+        for number, threads in enumerate(("1", "2", None)):
+            settings = {} if threads is None else {"OMP_NUM_THREADS": threads}
+            settings |= {} if threads is None else {"OPENBLAS_NUM_THREADS": threads}
+            out = tmp_path / f"{method}-{number}.rmb"
+            subprocess.run(
+                [sys.executable, "-c", RUN, store.path, out, method],
+                check=True,
+                env={**os.environ, "PYTHONHASHSEED": str(number), **settings},
+            )
+            written.append(blobs(out))
+        assert written[0] == written[1] == written[2]
+
+
 def _smallest_budget(store: AdapterStore, merger: dict[str, object]) -> int:
     with pytest.raises(MemoryBudgetError) as caught:
         MergePipeline(store, merger, workers=1, memory_budget=1).plan()
@@ -176,11 +211,43 @@ def test_merged_bundles_hold_the_merged_delta(store: AdapterStore, tmp_path: Pat
 
 
 def test_selection_of_adapters_and_modules(store: AdapterStore, tmp_path: Path) -> None:
-    pipeline = MergePipeline(store, {"method": "rmm"}, adapters=["a2", "a0", "a1"], modules=["*.q"])
+    pipeline = MergePipeline(
+        store, {"method": "average"}, adapters=["a2", "a0", "a1"], modules=["*.q"]
+    )
     pipeline.run(tmp_path / "out.rmb")
-    bundle = unmerge_bundle.open(tmp_path / "out.rmb")
-    assert tuple(bundle.adapters) == ("a0", "a1", "a2")
-    assert set(bundle.restore("a0").modules) == {f"layers.{n}.q" for n in range(4)}
+    merged = unmerge_bundle.open(tmp_path / "out.rmb").merged()
+    assert [source.name for source in merged.sources] == ["a0", "a1", "a2"]
+    assert set(merged.modules) == {f"layers.{n}.q" for n in range(4)}
+
+
+def test_a_reversible_merge_of_some_modules_is_refused(store: AdapterStore, tmp_path: Path) -> None:
+    # The rest of every adapter would be lost, and what is restored would not be the adapter.
+    pipeline = MergePipeline(store, {"method": "rmm"}, modules=["*.q"])
+    assert any("would lack 1 of its modules" in line for line in pipeline.plan().refusals)
+    with pytest.raises(IncompatibleAdaptersError, match="would lack"):
+        pipeline.run(tmp_path / "out.rmb")
+    assert not (tmp_path / "out.rmb").exists()
+
+
+def test_weights_that_have_no_effect_are_refused(store: AdapterStore) -> None:
+    plan = MergePipeline(store, {"method": "rmm"}, weights={"a0": 2.0}).plan()
+    assert plan.refusals == ("rmm does not use weights; leave them out",)
+
+
+def test_many_refusals_of_one_kind_are_one_line(tmp_path: Path) -> None:
+    store = AdapterStore.create(tmp_path / "zoo")
+    modules = {f"m{n:02}": (8, 8) for n in range(30)}
+    store.add(make_adapter("a", seed=0, modules=modules, rank=4))
+    store.add(make_adapter("b", seed=1, modules=modules, rank=2))
+    store.commit("mixed")
+    (line,) = MergePipeline(store, {"method": "rmm"}).plan().refusals
+    assert line.startswith("m00 (and 29 more modules): ranks 2, 4 differ")
+
+
+def test_a_plan_refuses_weights_that_cancel(store: AdapterStore) -> None:
+    weights = {"a0": 0.1, "a1": 0.2, "a2": -0.3, "a3": 0.0}
+    (line,) = MergePipeline(store, {"method": "average"}, weights=weights).plan().refusals
+    assert "sum to 0" in line
 
 
 def test_a_module_that_some_adapters_lack(tmp_path: Path) -> None:
@@ -275,16 +342,34 @@ class Failing(Merger, frozen=True):
             raise RuntimeError("no")
         if self.how == "few":
             return []
+        if self.how == "none":
+            return None
+        if self.how == "restoring":
+            return Rmm().merge(stack, context)
+        if self.how == "writes":
+            stack.A.zero_()
         A = stack.A[:, 0]
         B = stack.B[:, 0] * (float("nan") if self.how == "nan" else 1e30)
+        if self.how == "narrow":
+            A = A[..., :-1]
+        if self.how == "complex":
+            A = A.to(torch.complex64)
+        if self.how == "numpy":
+            return [FactorsEncoding(A=a.numpy(), B=b.numpy()) for a, b in zip(A, B, strict=True)]
         return [FactorsEncoding(A=a, B=b) for a, b in zip(A, B, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("how", "error", "dtype"),
     [
-        ("raise", RuntimeError, None),
+        ("raise", PluginError, None),
         ("few", CapabilityError, None),
+        ("none", CapabilityError, None),
+        ("numpy", CapabilityError, None),
+        ("complex", CapabilityError, None),
+        ("narrow", CapabilityError, None),
+        ("restoring", CapabilityError, None),
+        ("writes", CapabilityError, None),
         ("nan", NonFiniteError, None),
         ("big", NonFiniteError, "float16"),
     ],

@@ -46,7 +46,7 @@ def test_padding_and_absence_are_zeros_that_no_module_shows() -> None:
     assert first.adapters == ("a", "c")
     assert [f.A.shape for f in first.factors] == [(1, 4), (3, 4)]
     assert [f.B.shape for f in first.factors] == [(3, 1), (3, 3)]
-    assert first.shape == ModuleShape("m.0", 3, 4, (1, 3))
+    assert first.shape == ModuleShape("m.0", 3, 4, first.adapters, (1, 3))
     assert first.shape.elements == 4 * (3 + 4)
     assert second.adapters == ("b",)
     assert [name for name, _ in first] == ["a", "c"]

@@ -260,7 +260,7 @@ def test_unequal_ranks_are_refused(case: Case) -> None:
     ):
         merge(Rmm(), case)
     with pytest.raises(IncompatibleAdaptersError):
-        Rmm().check(case.stack().module(0).shape)
+        Rmm().check(case.stack().module(0).shape, case.context())
 
 
 def test_another_gauge_gives_another_rmm_unless_nothing_is_lost() -> None:
@@ -283,7 +283,7 @@ def test_a_wrong_basis_size_is_refused(fields: dict[str, Any]) -> None:
 
 
 def shape(count: int, rank: int) -> ModuleShape:
-    return ModuleShape("m", 10, 20, (rank,) * count)
+    return ModuleShape("m", 10, 20, tuple(f"a{n:02}" for n in range(count)), (rank,) * count)
 
 
 def test_advice_says_where_the_basis_is_cut() -> None:

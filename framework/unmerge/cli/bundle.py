@@ -20,8 +20,9 @@ from unmerge.cli.output import (
     say,
     size,
 )
+from unmerge.errors import ConfigError
 from unmerge.store import AdapterStore
-from unmerge_bundle import Depth
+from unmerge_bundle import Depth, VerifyReport
 from unmerge_bundle.arrays import FloatDtype
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -104,35 +105,48 @@ def inspect(bundle: Path, as_json: bool) -> None:
 @click.option(
     "--depth",
     type=click.Choice(["structure", "digests", "reconstruction"]),
-    default="digests",
-    show_default=True,
-    help="How far to look: files and sizes; all bytes; every adapter restored.",
+    help="How far to look: files and sizes; all bytes; every adapter restored. Default: digests, "
+    "with --store reconstruction.",
 )
 @click.option(
     "--store",
-    type=click.Path(path_type=Path),
-    help="With --depth reconstruction: compare with this store's originals.",
+    help="Compare every source's digest, and every restored adapter, with this store's originals.",
 )
 @click.option("--at", metavar="VERSION", help="Version id or tag of the store.")
-def verify(bundle: Path, depth: str, store: Path | None, at: str | None, as_json: bool) -> None:
-    """Check a bundle; exits 1 when anything is wrong."""
+def verify(
+    bundle: Path, depth: str | None, store: str | None, at: str | None, as_json: bool
+) -> None:
+    """Check a bundle; exits 1 when anything is wrong.
+
+    With --store, originals are compared too: the digest of every source, and the recorded errors
+    of every adapter that comes back.
+    """
+    if at is not None and store is None:
+        raise ConfigError("--at is a version of a store; give --store too")
+    depth = depth or ("digests" if store is None else "reconstruction")
+    originals, digests = None, None
     if store is not None:
-        depth = "reconstruction"
-    originals = None if store is None else _originals(AdapterStore.open(store, at=at))
-    report = unmerge_bundle.verify(bundle, cast(Depth, depth), originals)
+        opened = AdapterStore.open(store, at=at)
+        digests = {info.name: info.digest for info in opened.list()}
+        originals = _originals(opened) if depth == "reconstruction" else None
+    report = unmerge_bundle.verify(bundle, cast(Depth, depth), originals, digests)
     if as_json:
         print_json(
             {
                 "bundle": str(bundle),
                 "depth": depth,
                 "ok": report.ok,
+                "blobs": report.blobs,
+                "sources_compared": report.sources,
+                "adapters_restored": report.adapters,
+                "adapters_compared": report.compared,
                 "problems": [
                     {"code": p.code, "path": p.path, "message": p.message} for p in report.problems
                 ],
             }
         )
     elif report.ok:
-        say(f"{bundle}: sound ({depth})")
+        say(f"{bundle}: sound ({depth}): {_checked(report)}")
     else:
         for problem in report.problems:
             click.echo(f"unmerge: {problem.code}: {problem.path}: {problem.message}", err=True)
@@ -164,7 +178,7 @@ def restore(
     with progress_bar() as progress:
         progress("restore", 0, 1)
         restored = unmerge_bundle.open(bundle).restore(name, dtype=_float_dtype(dtype))
-        restored.save_peft(directory, portable=portable, overwrite=overwrite)
+        saved = restored.save_peft(directory, portable=portable, overwrite=overwrite)
         progress("restore", 1, 1)
     errors = [module.errors for module in restored.modules.values()]
     largest = max(e.delta for e in errors)
@@ -176,6 +190,7 @@ def restore(
                 "modules": len(errors),
                 "verbatim": list(restored.verbatim),
                 "largest_delta_error": largest,
+                "rounding": saved.rounding,
                 "errors": {
                     path: {"factors": m.errors.factors, "delta": m.errors.delta}
                     for path, m in restored.modules.items()
@@ -188,6 +203,11 @@ def restore(
         f"tensors; relative error of the delta {error_text(_mean([e.delta for e in errors]))} on "
         f"average, {error_text(largest)} at most"
     )
+    if saved.rounding > 0:
+        say(
+            f"what is written differs from that by {error_text(saved.rounding)} at most, by "
+            "rounding to another dtype or form"
+        )
 
 
 @command("unmerge export out.rmb merged/", name="export")
@@ -200,12 +220,13 @@ def export(
 ) -> None:
     """Write the merged adapter of a bundle as a PEFT directory."""
     merged = unmerge_bundle.open(bundle).merged()
-    merged.save_peft(directory, dtype=_float_dtype(dtype), overwrite=overwrite)
+    saved = merged.save_peft(directory, dtype=_float_dtype(dtype), overwrite=overwrite)
     if as_json:
         print_json(
             {
                 "directory": str(directory),
                 "modules": len(merged.modules),
+                "rounding": saved.rounding,
                 "unmerged": {name: list(keys) for name, keys in merged.unmerged.items()},
             }
         )
@@ -213,6 +234,17 @@ def export(
     say(f"exported {len(merged.modules)} modules to {directory}")
     for name, keys in merged.unmerged.items():
         say(f'note: of "{name}" these tensors are not merged: {", ".join(keys)}')
+
+
+def _checked(report: VerifyReport) -> str:
+    """Return what was looked at, so that nothing that was not seems to have been."""
+    counts = (
+        (report.blobs, "blobs read"),
+        (report.adapters, "adapters restored"),
+        (report.sources, "sources' digests compared with the store"),
+        (report.compared, "adapters compared with their originals"),
+    )
+    return ", ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def _originals(store: AdapterStore) -> Callable[[str], Mapping[str, tuple[Any, Any]]]:

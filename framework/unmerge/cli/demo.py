@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -107,12 +110,21 @@ def _print(report: DemoReport) -> None:
     )
     say(
         f"\nStore, bundles and restored adapters are in {out}/. Now with adapters of your own:\n\n"
+        f"{_activation()}"
         "    unmerge init zoo\n"
         "    unmerge add zoo path/to/adapters/*\n"
         "    unmerge plan zoo --method rmm --set basis_size=3\n"
         "    unmerge merge zoo out.rmb --method rmm --set basis_size=3\n"
         "    unmerge restore out.rmb NAME restored/NAME\n"
     )
+
+
+def _activation() -> str:
+    """Return the line that puts `unmerge` on the path, where it is not there yet."""
+    script = Path(sys.prefix, "bin", "activate")
+    if shutil.which("unmerge") is not None or not script.is_file():
+        return ""
+    return f"    source {os.path.relpath(script)}\n"
 
 
 COMMANDS = (demo,)

@@ -35,11 +35,12 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
         def guarded(*args: Any, debug: bool, **options: Any) -> None:
             try:
                 function(*args, **options)
-            except (UnmergeError, BundleError, ValidationError, OSError) as error:
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as error:
                 if debug:
                     raise
-                text = explain(error) if isinstance(error, ValidationError) else str(error)
-                click.echo(f"unmerge: {' '.join(text.split())}", err=True)
+                click.echo(f"unmerge: {_one_line(error)}", err=True)
                 usage = isinstance(error, ConfigError | UnknownMergerError | ValidationError)
                 sys.exit(2 if usage else 1)
 
@@ -51,6 +52,17 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
         return made(json_option(debug_option(guarded)))
 
     return decorate
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        text = explain(error)
+    elif isinstance(error, UnmergeError | BundleError | OSError):
+        text = str(error)
+    else:
+        text = f"unexpected {type(error).__name__}: {error}; --debug shows where"
+    # What a file name or message cannot be encoded as is shown escaped.
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def console() -> Console:
@@ -78,8 +90,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title:
 
 
 def say(text: str) -> None:
-    """Print a line of text."""
-    console().print(escape(text), soft_wrap=True)
+    """Print a line of text; what cannot be encoded is shown escaped."""
+    printable = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    console().print(escape(printable), soft_wrap=True)
 
 
 @contextmanager

@@ -13,14 +13,15 @@ from unmerge.errors import ConfigError
 from unmerge.readers import read_adapter
 from unmerge.store import AdapterInfo, AdapterStore
 
-_STORE = click.argument("store", type=click.Path(path_type=Path))
+# Text, not a path: a path would make one slash of the two in a URL.
+_STORE = click.argument("store")
 
 
 @command("unmerge init zoo --base-model sentence-transformers/all-MiniLM-L6-v2", name="init")
 @_STORE
 @click.option("--base-model", metavar="MODEL", help="Id of the base model of all adapters.")
 @click.option("--revision", help="Revision of the base model.")
-def init(store: Path, base_model: str | None, revision: str | None, as_json: bool) -> None:
+def init(store: str, base_model: str | None, revision: str | None, as_json: bool) -> None:
     """Create an empty store.
 
     Without --base-model the first adapter's base model becomes the store's.
@@ -38,7 +39,7 @@ def init(store: Path, base_model: str | None, revision: str | None, as_json: boo
 @click.option("-m", "--message", help="What this version is; kept in the log.")
 @click.option("--name", help="Name of the adapter, where one is added; else its directory's.")
 def add(
-    store: Path, adapters: tuple[Path, ...], message: str | None, name: str | None, as_json: bool
+    store: str, adapters: tuple[Path, ...], message: str | None, name: str | None, as_json: bool
 ) -> None:
     """Read adapters, check them, and commit all of them as one version.
 
@@ -66,7 +67,7 @@ def add(
 @command("unmerge ls zoo --at v1", name="ls")
 @_STORE
 @click.option("--at", metavar="VERSION", help="Version id or tag to read instead of the newest.")
-def ls(store: Path, at: str | None, as_json: bool) -> None:
+def ls(store: str, at: str | None, as_json: bool) -> None:
     """List the adapters of a store."""
     opened = AdapterStore.open(store, at=at)
     infos = opened.list()
@@ -100,7 +101,7 @@ def ls(store: Path, at: str | None, as_json: bool) -> None:
 
 @command("unmerge log zoo", name="log")
 @_STORE
-def log(store: Path, as_json: bool) -> None:
+def log(store: str, as_json: bool) -> None:
     """Show the versions of a store, newest first."""
     versions = AdapterStore.open(store).history()
     if as_json:
@@ -133,7 +134,7 @@ def log(store: Path, as_json: bool) -> None:
 @_STORE
 @click.argument("name")
 @click.option("--at", metavar="VERSION", help="Version to tag; the newest unless given.")
-def tag(store: Path, name: str, at: str | None, as_json: bool) -> None:
+def tag(store: str, name: str, at: str | None, as_json: bool) -> None:
     """Give a version a name that never moves."""
     opened = AdapterStore.open(store)
     opened.tag(name, at)

@@ -144,17 +144,24 @@ def concatenate(
         coefficients: One factor per adapter, applied to B together with the scaling.
 
     Numerics: `c_i · scaling_i` is one float64 number; float32 factors are multiplied in float64
-        and returned so, to be rounded once by whoever stores them. O((d_out + d_in) R).
+        and returned so, to be rounded once by whoever stores them. A power of two, which is exact,
+        is moved from one factor to the other so that both have entries of one size: a small
+        coefficient must not push one of them below what float16 can express. O((d_out + d_in) R).
     """
-    A = torch.cat([f.A.to(torch.float64) for f in factors])
-    B = torch.cat(
-        [
-            f.B.to(torch.float64) * (c * f.scaling)
-            for f, c in zip(factors, coefficients, strict=True)
-        ],
-        dim=1,
-    )
-    return A, B
+    left, right = [], []
+    for f, coefficient in zip(factors, coefficients, strict=True):
+        A, B = f.A.to(torch.float64), f.B.to(torch.float64) * (coefficient * f.scaling)
+        shift = (_exponent(B) - _exponent(A)) // 2
+        right.append(torch.ldexp(A, shift))
+        left.append(torch.ldexp(B, -shift))
+    return torch.cat(right), torch.cat(left, dim=1)
+
+
+def _exponent(matrix: torch.Tensor) -> torch.Tensor:
+    """Return e with 2^(e−1) ≤ max |entry| < 2^e, or 0 for a zero matrix."""
+    if matrix.numel() == 0:
+        return torch.zeros((), dtype=torch.int32, device=matrix.device)
+    return torch.frexp(matrix.abs().max()).exponent
 
 
 def delta_rows(factors: Factors, start: int, stop: int) -> torch.Tensor:

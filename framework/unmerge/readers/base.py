@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from unmerge.adapter import Adapter
 
-__all__ = ["AdapterReader", "describe", "entries"]
+__all__ = ["AdapterReader", "describe", "entries", "excerpt"]
 
 
 class AdapterReader(ABC):
@@ -49,7 +49,7 @@ def entries(path: Path) -> list[Path]:
     """Return what the directory `path` holds, sorted; nothing if it is none or cannot be read."""
     try:
         return sorted(path.iterdir())
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path with a NUL or a lone surrogate
         return []
 
 
@@ -65,6 +65,12 @@ def describe(path: Path) -> str:
         return f"something that cannot be read ({error.strerror})"
     if not names:
         return "an empty directory"
-    shown = ", ".join(names[:6])
+    shown = ", ".join(excerpt(name) for name in names[:6])
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return f"a directory with {shown}{more}"
+
+
+def excerpt(text: str, length: int = 200) -> str:
+    """Return text from a file as an error message can hold it: on one line, and not too long."""
+    shown = text if len(text) <= length else f"{text[:length]}…"
+    return shown if shown.isprintable() else repr(shown)[1:-1]

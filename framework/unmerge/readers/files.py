@@ -9,11 +9,14 @@ import torch
 from safetensors import safe_open
 
 from unmerge.errors import AdapterError
+from unmerge.readers.base import excerpt
 from unmerge_bundle.errors import BundleError
 from unmerge_bundle.jsontext import parse_object
 
 __all__ = ["load_pickled", "load_safetensors", "parse_json_object", "read_bytes"]
 
+# Real ones have a few thousand; nobody's adapter should be able to fill the memory.
+_MAX_SMALL_BYTES = 10_000_000
 # safetensors' own limit; read before the header is believed.
 _MAX_HEADER_BYTES = 100_000_000
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -23,12 +26,19 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a small file.
 
     Raises:
-        AdapterError: The file cannot be read.
+        AdapterError: The file cannot be read, or is not small.
     """
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_SMALL_BYTES + 1)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if len(data) > _MAX_SMALL_BYTES:
+        raise AdapterError(
+            f"{path}: has more than {_MAX_SMALL_BYTES} bytes, expected a few thousand; "
+            "the file is damaged, get it again"
+        )
+    return data
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -45,7 +55,8 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
         return parse_object(data, where=where, error=BundleError, floats=True)
     except BundleError as error:
-        raise AdapterError(f"{error}; the file is damaged, get it again") from error
+        message = excerpt(str(error), len(where) + 300)
+        raise AdapterError(f"{message}; the file is damaged, get it again") from error
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -68,8 +79,8 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         # safetensors has an error class of its own for files; conversions to torch raise others.
         raise AdapterError(
-            f"{path}: no readable safetensors file: {error}; it is truncated or damaged, "
-            "get it again"
+            f"{path}: no readable safetensors file: {excerpt(str(error), 300)}; it is truncated "
+            "or damaged, get it again"
         ) from error
     return tensors
 
@@ -106,15 +117,16 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
         )
     tensors = {}
     for key, value in document.items():
+        where = f"{path}: entry {excerpt(repr(key))}"
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise AdapterError(
-                f"{path}: entry {key!r} is a {type(value).__name__}; expected named tensors only; "
+                f"{where} is a {type(value).__name__}; expected named tensors only; "
                 "save the adapter again with PEFT"
             )
         if value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise AdapterError(
-                f"{path}: entry {key!r} is a sparse, quantised or empty-shell tensor; expected a "
-                "dense one; save the adapter again with dense tensors"
+                f"{where} is a sparse, quantised or empty-shell tensor; expected a dense one; "
+                "save the adapter again with dense tensors"
             )
         tensors[key] = value.detach()
     return tensors

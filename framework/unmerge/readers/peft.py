@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 
 from unmerge.adapter import Adapter, Factors
+from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
-from unmerge.readers.base import AdapterReader, describe
+from unmerge.readers.base import AdapterReader, describe, excerpt
 from unmerge.readers.files import load_pickled, load_safetensors, parse_json_object, read_bytes
 from unmerge.readers.peft_config import LoraSettings, parse_config
 from unmerge_bundle.names import check_key, check_module_path, check_name
@@ -21,21 +22,6 @@ __all__ = ["EMBEDDING_MODULES", "REFUSED_TENSORS", "PeftReader", "read_peft"]
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
-
-FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-VERBATIM_DTYPES = (
-    *FACTOR_DTYPES,
-    torch.float64,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint64,
-    torch.uint32,
-    torch.uint16,
-    torch.uint8,
-    torch.bool,
-)
 
 REFUSED_TENSORS: Mapping[str, str] = {
     "lora_magnitude_vector": "DoRA's magnitudes rescale the updated weight",
@@ -68,6 +54,8 @@ resized, or they were targeted or tied, without saying so in the configuration."
 _PREFIX = "base_model.model."
 # Names PEFT puts between a module and its parameters when it wraps the module.
 _WRAPPERS = frozenset({"base_layer", "modules_to_save", "original_module"})
+# Longer than any name that can be stored; what the messages below repeat stays readable.
+_LONGEST_KEY = 2048
 _FACTOR_A = ".lora_A.weight"
 _FACTOR_B = ".lora_B.weight"
 
@@ -188,10 +176,15 @@ def _sort_tensors(
     factors_B: dict[str, torch.Tensor] = {}
     others: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
+        if len(key) > _LONGEST_KEY:
+            raise AdapterError(
+                f'{weights}: tensor "{excerpt(key, 80)}" has a name of {len(key)} characters, '
+                f"expected at most {_LONGEST_KEY}; rename the module"
+            )
         if not key.startswith(_PREFIX):
             raise UnsupportedAdapterError(
-                f'{weights}: tensor "{key}" is none of PEFT\'s: its name does not start with '
-                f'"{_PREFIX}"; save the adapter again with PEFT\'s save_pretrained',
+                f'{weights}: tensor "{excerpt(key)}" is none of PEFT\'s: its name does not start '
+                f'with "{_PREFIX}"; save the adapter again with PEFT\'s save_pretrained',
                 feature=key,
             )
         rest = key.removeprefix(_PREFIX)
@@ -218,8 +211,8 @@ def _module_path(rest: str, suffix: str, weights: Path) -> str:
         return check_module_path(path)
     except ValueError as error:
         raise AdapterError(
-            f'{weights}: tensor "{_PREFIX}{rest}" names no module that can be stored: {error}; '
-            "rename the module, or wrap a base model that is a single layer"
+            f'{weights}: tensor "{excerpt(_PREFIX + rest)}" names no module that can be '
+            f"stored: {error}; rename the module, or wrap a base model that is a single layer"
         ) from error
 
 
@@ -234,17 +227,18 @@ def _check_explained(
     at `<module>.base_layer.bias` (`<module>.bias` before PEFT 0.7).
     """
     rest = key.removeprefix(_PREFIX)
+    where = f'{weights}: tensor "{excerpt(key)}"'
     for fragment, because in REFUSED_TENSORS.items():
         if f".{fragment}." in f".{rest}.":
             raise UnsupportedAdapterError(
-                f'{weights}: tensor "{key}" holds {fragment}, which is not supported: {because}; '
+                f"{where} holds {fragment}, which is not supported: {because}; "
                 "use an adapter trained without it",
                 feature=fragment,
             )
     parts = rest.split(".")
     if "lora_A" in parts or "lora_B" in parts:
         raise UnsupportedAdapterError(
-            f'{weights}: tensor "{key}" is no factor as PEFT names them, '
+            f"{where} is no factor as PEFT names them, "
             f'"{_PREFIX}<module>{_FACTOR_A}" or "…{_FACTOR_B}"; if an adapter name is left in the '
             "key, save the adapter with PEFT's save_pretrained",
             feature=key,
@@ -262,8 +256,8 @@ def _check_explained(
     if parts[-1] in ("weight", "bias") and owners and owners[-1] in EMBEDDING_MODULES:
         return
     raise UnsupportedAdapterError(
-        f'{weights}: tensor "{key}" is not explained by {CONFIG_FILE}: neither a LoRA factor, '
-        f"nor under modules_to_save ({', '.join(settings.saved_modules) or 'empty'}), nor a bias "
+        f"{where} is not explained by {CONFIG_FILE}: neither a LoRA factor, nor under "
+        f"modules_to_save ({excerpt(', '.join(settings.saved_modules)) or 'empty'}), nor a bias "
         f'with bias="{settings.bias}", nor an embedding; name its module in modules_to_save if '
         "that is what it is, or remove it",
         feature=key,
@@ -302,7 +296,7 @@ def _factors(
                 f'{path}: factor {label} of adapter "{name}" has shape {_shape(tensor)}; expected '
                 "two dimensions above 0; it may be a shard that was saved without being gathered"
             )
-        _check_dtype(tensor, FACTOR_DTYPES, f'{path}: factor {label} of adapter "{name}"')
+        _check_dtype(tensor, DTYPES, f'{path}: factor {label} of adapter "{name}"')
     if A.shape[0] != B.shape[1]:
         raise AdapterError(
             f'{path}: factors of adapter "{name}" do not fit: A is {_shape(A)}, B is {_shape(B)}; '
@@ -312,24 +306,24 @@ def _factors(
     if A.shape[0] != rank:
         raise AdapterError(
             f'{path}: factors of adapter "{name}" have rank {A.shape[0]}, {CONFIG_FILE} says '
-            f"{rank}; correct r or rank_pattern (its first matching key counts) to what the "
-            "adapter was trained with"
+            f"{excerpt(str(rank), 20)}; correct r or rank_pattern (its first matching key counts) "
+            "to what the adapter was trained with"
         )
     if A.dtype != B.dtype:
         raise AdapterError(
-            f'{path}: factor A of adapter "{name}" is {_dtype(A)}, factor B is {_dtype(B)}; '
-            "expected one dtype; convert both to the wider one"
+            f'{path}: factor A of adapter "{name}" is {dtype_name(A.dtype)}, factor B is '
+            f"{dtype_name(B.dtype)}; expected one dtype; convert both to the wider one"
         )
     for label, tensor in (("A", A), ("B", B)):
         _check_finite(tensor, f'{path}: factor {label} of adapter "{name}"')
     return Factors(A=A, B=B, scaling=settings.scaling_of(path))
 
 
-def _check_dtype(tensor: torch.Tensor, allowed: tuple[torch.dtype, ...], what: str) -> None:
-    if tensor.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+def _check_dtype(tensor: torch.Tensor, allowed: Mapping[str, torch.dtype], what: str) -> None:
+    if tensor.dtype not in allowed.values():
         raise AdapterError(
-            f"{what} is {_dtype(tensor)}; expected one of {names}; convert it and save again"
+            f"{what} is {dtype_name(tensor.dtype)}; expected one of {', '.join(allowed)}; "
+            "convert it and save again"
         )
 
 
@@ -347,8 +341,4 @@ def _check_finite(tensor: torch.Tensor, what: str) -> None:
 
 
 def _shape(tensor: torch.Tensor) -> str:
-    return f"({', '.join(str(size) for size in tensor.shape)})"
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return excerpt(f"({', '.join(str(size) for size in tensor.shape)})")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from unmerge.errors import AdapterError, UnsupportedAdapterError
+from unmerge.readers.base import excerpt
 
 __all__ = ["FIELDS", "ConfigField", "LoraSettings", "parse_config"]
 
@@ -119,6 +121,10 @@ FIELDS: tuple[ConfigField, ...] = (
 
 _BY_NAME = {field.name: field for field in FIELDS}
 
+# Its results are cut to 60 characters; these limits only spare it writing out the rest.
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 100
+
 _HARMLESS_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 
 # PEFT adds these to modules_to_save by itself; releases before 0.11 did not write them down.
@@ -137,7 +143,7 @@ class LoraSettings:
         rank: Rank of the modules that no rank pattern matches.
         alpha: Alpha of the modules that no alpha pattern matches.
         rslora: Whether alpha is divided by the root of the rank.
-        rank_pattern: Ranks by module name or regular expression, in the order of the file.
+        rank_pattern: Ranks by expression for module paths (see `_regex`), in the order of the file.
         alpha_pattern: Alphas likewise.
         bias: "none", "all" or "lora_only".
         saved_modules: Endings of the paths of the modules that are saved whole.
@@ -148,8 +154,8 @@ class LoraSettings:
     rank: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Mapping[re.Pattern[str], int]
+    alpha_pattern: Mapping[re.Pattern[str], float]
     bias: str
     saved_modules: tuple[str, ...]
     base_model: str | None
@@ -186,7 +192,7 @@ def parse_config(document: Mapping[str, Any], where: str) -> LoraSettings:
         )
     if peft_type != "LORA":
         raise UnsupportedAdapterError(
-            f"{where}: peft_type is {peft_type!r}; only LORA adapters can be read; train or "
+            f"{where}: peft_type is {_short(peft_type)}; only LORA adapters can be read; train or "
             "convert the adapter to plain LoRA",
             feature="peft_type",
         )
@@ -196,20 +202,14 @@ def parse_config(document: Mapping[str, Any], where: str) -> LoraSettings:
     bias = _string(document, "bias", where) or "none"
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(
-            f"{where}: bias is {bias!r}; expected none, all or lora_only; correct the file"
+            f"{where}: bias is {_short(bias)}; expected none, all or lora_only; correct the file"
         )
     return LoraSettings(
         rank=_rank(_required(document, "r", where), f"{where}: r"),
         alpha=_alpha(_required(document, "lora_alpha", where), f"{where}: lora_alpha"),
         rslora=_flag(document, "use_rslora", where),
-        rank_pattern={
-            key: _rank(value, f"{where}: rank_pattern[{key!r}]")
-            for key, value in _pattern(document, "rank_pattern", where).items()
-        },
-        alpha_pattern={
-            key: _alpha(value, f"{where}: alpha_pattern[{key!r}]")
-            for key, value in _pattern(document, "alpha_pattern", where).items()
-        },
+        rank_pattern=_pattern(document, "rank_pattern", where, _rank),
+        alpha_pattern=_pattern(document, "alpha_pattern", where, _alpha),
         bias=bias,
         saved_modules=_saved_modules(document, where),
         base_model=_string(document, "base_model_name_or_path", where),
@@ -217,7 +217,7 @@ def parse_config(document: Mapping[str, Any], where: str) -> LoraSettings:
     )
 
 
-def _lookup(pattern: Mapping[str, NumberT], path: str, default: NumberT) -> NumberT:
+def _lookup(pattern: Mapping[re.Pattern[str], NumberT], path: str, default: NumberT) -> NumberT:
     """Return `pattern`'s value for the module at `path`, by the rule of PEFT 0.15 and later.
 
     The first key, in the order of the file, that matches the end of the path as a regular
@@ -230,10 +230,16 @@ def _lookup(pattern: Mapping[str, NumberT], path: str, default: NumberT) -> Numb
     """
     # An nn.MultiheadAttention is one target: its output projection shares its rank and alpha.
     path = path.removesuffix(".base_layer.out_proj")
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+    for regex, value in pattern.items():
+        if regex.match(path):
             return value
-    return pattern.get(path, default)
+    exact = _regex(path)
+    return next((value for regex, value in pattern.items() if regex.pattern == exact), default)
+
+
+def _regex(key: str) -> str:
+    """Return PEFT's regular expression for the module paths that a pattern's key means."""
+    return rf"(.*\.)?({key})$"
 
 
 def _refuse_unless_harmless(name: str, value: Any, where: str) -> None:
@@ -244,8 +250,8 @@ def _refuse_unless_harmless(name: str, value: Any, where: str) -> None:
         return
     if field is None:
         raise UnsupportedAdapterError(
-            f"{where}: unknown field {name!r} is {_short(value)}; it may change the delta, so "
-            "only null, false or empty is accepted; check what it means, and remove it if it "
+            f"{where}: unknown field {_short(name)} is {_short(value)}; it may change the delta, "
+            "so only null, false or empty is accepted; check what it means, and remove it if it "
             "has no effect on the weights",
             feature=name,
         )
@@ -266,8 +272,8 @@ def _check_init(value: Any, where: str) -> None:
         )
     if value.lower() not in _HARMLESS_INITS:
         raise UnsupportedAdapterError(
-            f"{where}: init_lora_weights is {value!r}, which is not supported: it changes the "
-            "base weights (or is unknown), so that the factors are no update of the original "
+            f"{where}: init_lora_weights is {_short(value)}, which is not supported: it changes "
+            "the base weights (or is unknown), so that the factors are no update of the original "
             "base model; save the adapter with PEFT's "
             "save_pretrained(…, path_initial_model_for_weight_conversion=…), which turns it into "
             "plain LoRA",
@@ -336,7 +342,9 @@ def _string(document: Mapping[str, Any], name: str, where: str) -> str | None:
     return value or None
 
 
-def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+def _pattern(
+    document: Mapping[str, Any], name: str, where: str, number: Callable[[Any, str], NumberT]
+) -> dict[re.Pattern[str], NumberT]:
     value = document.get(name)
     if value is None:
         return {}
@@ -345,17 +353,20 @@ def _pattern(document: Mapping[str, Any], name: str, where: str) -> Mapping[str,
             f"{where}: {name} is {_short(value)}; expected an object from module names or "
             "regular expressions to numbers; correct the file"
         )
-    for key in value:
+    pattern = {}
+    for key, item in value.items():
         try:
-            re.compile(rf"(.*\.)?({key})$")
-        except re.error as error:
+            regex = re.compile(_regex(key))
+        except Exception as error:
+            # Not only re.error: also OverflowError, RecursionError, warnings turned into errors.
             raise AdapterError(
-                f"{where}: {name} has the key {key!r}, which is no regular expression "
-                f"({error}); correct the file"
+                f"{where}: {name} has the key {_short(key)}, which is no regular expression "
+                f"({excerpt(str(error))}); correct the file"
             ) from error
-    return value
+        pattern[regex] = number(item, f"{where}: {name}[{_short(key)}]")
+    return pattern
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+    # Not repr: it recurses as deep as the value is nested.
+    return excerpt(_REPR.repr(value), 60)

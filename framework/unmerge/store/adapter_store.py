@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from unmerge.store.records import AdapterInfo, StoreIndex, Version
 from unmerge.store.repository import StoreRepository, backend
 from unmerge.store.view import StoreView
 from unmerge_bundle.names import check_name
+
+# `pathlib.Path` makes `s3:/bucket` of `s3://bucket`. One letter would be a drive of Windows.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class AdapterStore:
@@ -60,7 +64,9 @@ class AdapterStore:
             raise ConfigError(f'revision "{revision}" without a base model; give base_model too')
         index = StoreIndex(base_model=base_model or None, revision=revision or None, adapters={})
         repository = StoreRepository.create(_local(path), lambda root: write_index(root, index))
-        return cls(repository, repository.tip(), read_only=False)
+        with backend(f"{path}: cannot read the store's versions"):
+            version = repository.tip()
+        return cls(repository, version, read_only=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, at: str | None = None) -> AdapterStore:
@@ -111,6 +117,9 @@ class AdapterStore:
 
     def add(self, adapter: Adapter) -> None:
         """Check an adapter and stage a copy of it in memory for the next `commit`.
+
+        Memory holds every staged adapter until `commit` or `discard`: commit in between where
+        they are many.
 
         Factors may be float32, float16 or bfloat16; verbatim tensors also float64, an integer
         dtype or bool. When this raises, the staged set is as before.
@@ -270,9 +279,9 @@ class AdapterStore:
         """
         self._check_writable()
         try:
-            check_name(name)
+            check_name(name, what="tag")
         except ValueError as error:
-            raise StoreError(f"tag: {error}") from error
+            raise StoreError(f"{self.path}: {error}") from error
         with backend(f'{self.path}: cannot write tag "{name}"'), self._repository.lock():
             tags = self._repository.tags()
             if name in tags:
@@ -315,6 +324,16 @@ class AdapterStore:
 
 
 def _local(path: str | os.PathLike[str]) -> Path:
-    if "://" in os.fspath(path):
-        raise StoreError(f"{os.fspath(path)}: is an address, expected a local directory")
+    text = os.fspath(path)
+    if "://" in text or _ADDRESS.match(text):
+        raise StoreError(f"{text}: is an address, expected a local directory")
+    try:
+        usable = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise StoreError(
+            f"{text!r}: no path can hold a NUL or a character that the file system's encoding "
+            "lacks, expected a local directory"
+        )
     return Path(path)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from unmerge.adapter import Adapter
+from unmerge.arrays import dtype_name
 from unmerge.errors import StoreError
 from unmerge.store.layout import (
     FACTORS,
@@ -20,16 +21,15 @@ from unmerge.store.layout import (
     array_path,
     chunk_shape,
     crc32,
-    dtype_name,
     factor_chunks,
     storage_dtype,
     to_stored,
     verbatim_path,
 )
 from unmerge.store.records import (
-    AdapterRecord,
     FactorRecord,
     ModuleRecord,
+    StoredAdapter,
     StoreIndex,
     VerbatimRecord,
     sha256,
@@ -171,8 +171,8 @@ def _record(
     *,
     digest: str,
     added: str,
-) -> AdapterRecord:
-    return AdapterRecord(
+) -> StoredAdapter:
+    return StoredAdapter(
         name=adapter.name,
         format=adapter.format,
         source=adapter.source,

@@ -9,13 +9,13 @@ from collections.abc import Collection, Mapping
 import torch
 
 from unmerge.adapter import Adapter, Factors
+from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge.errors import (
     AdapterError,
     AdapterExistsError,
     IncompatibleAdaptersError,
     NonFiniteError,
 )
-from unmerge.store.layout import FACTOR_DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge_bundle.names import check_key, check_module_path, check_name
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -120,7 +120,7 @@ def _own_factors(adapter: Adapter, path: str) -> Factors:
     if not math.isfinite(factors.scaling):
         raise NonFiniteError(f"{where} has scaling {factors.scaling}, expected a finite number")
     own = {
-        name: _own_tensor(tensor, FACTOR_DTYPES, where=f"{where}: factor {name}")
+        name: _own_tensor(tensor, DTYPES, where=f"{where}: factor {name}")
         for name, tensor in (("A", factors.A), ("B", factors.B))
     }
     A, B = own["A"], own["B"]

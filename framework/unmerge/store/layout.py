@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unmerge.arrays import dtype_name, to_numpy, to_torch
+
 Factor = Literal["A", "B"]
 FACTORS: tuple[Factor, Factor] = ("A", "B")
 
@@ -27,30 +29,6 @@ CHUNK_BYTES = 4 << 20
 # More adapters per chunk would make reading one adapter slower without making chunks fewer.
 CHUNK_ADAPTERS = 16
 
-FACTOR_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-VERBATIM_DTYPES: dict[str, torch.dtype] = {
-    **FACTOR_DTYPES,
-    "float64": torch.float64,
-    "int8": torch.int8,
-    "int16": torch.int16,
-    "int32": torch.int32,
-    "int64": torch.int64,
-    "uint8": torch.uint8,
-    "uint16": torch.uint16,
-    "uint32": torch.uint32,
-    "uint64": torch.uint64,
-    "bool": torch.bool,
-}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return torch's name of `dtype` without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
 
 def storage_dtype(name: str) -> str:
     """Return the Zarr dtype that dtype `name` is stored in; Zarr and numpy have no bfloat16."""
@@ -58,17 +36,13 @@ def storage_dtype(name: str) -> str:
 
 
 def to_stored(tensor: torch.Tensor) -> NDArray[np.generic]:
-    """Return a contiguous CPU tensor's bits as numpy in its storage dtype, without a copy."""
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    array: NDArray[np.generic] = tensor.numpy()
-    return array
+    """Return `to_numpy(tensor)` seen as its storage dtype."""
+    return to_numpy(tensor).view(storage_dtype(dtype_name(tensor.dtype)))
 
 
 def from_stored(array: NDArray[np.generic], name: str) -> torch.Tensor:
     """Return stored bits as a tensor of dtype `name`, without a copy; undoes `to_stored`."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor
+    return to_torch(array.view(name))
 
 
 def crc32(array: NDArray[np.generic]) -> int:

@@ -17,8 +17,9 @@ from typing import Annotated, TypeVar
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge.errors import StoreError
-from unmerge.store.layout import FACTOR_DTYPES, VERBATIM_DTYPES, Factor, dtype_name
+from unmerge.store.layout import Factor
 
 DocumentT = TypeVar("DocumentT", bound="Document")
 
@@ -30,7 +31,7 @@ def _check_hex_float(text: str) -> str:
 
 
 def _check_factor_dtype(name: str) -> str:
-    if name not in FACTOR_DTYPES:
+    if name not in DTYPES:
         raise ValueError(f"no dtype of factors: {name}")
     return name
 
@@ -94,7 +95,7 @@ class VerbatimRecord:
     crc32: Natural
 
 
-class AdapterRecord(Document):
+class StoredAdapter(Document):
     """Everything about one adapter but the numbers in its tensors."""
 
     name: str
@@ -258,4 +259,4 @@ def _nbytes(sizes: list[tuple[int, str]]) -> int:
 def _widest(first: str, second: str) -> str:
     if first == second:
         return first
-    return dtype_name(torch.promote_types(FACTOR_DTYPES[first], FACTOR_DTYPES[second]))
+    return dtype_name(torch.promote_types(DTYPES[first], DTYPES[second]))

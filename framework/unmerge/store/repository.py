@@ -47,27 +47,30 @@ class StoreRepository:
             StoreExistsError: `path` is there and not an empty directory.
             StoreError: The directory cannot be written.
         """
-        _check_vacant(path)
-        target = path.absolute()
-        missing = [folder for folder in target.parents if not folder.exists()]
-        partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
-        try:
-            with backend(f"{path}: cannot create a store"):
+        with backend(f"{path}: cannot create a store"):
+            _check_vacant(path)
+            target = path.absolute()
+            missing = [folder for folder in target.parents if not folder.exists()]
+            partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+            try:
                 target.parent.mkdir(parents=True, exist_ok=True)
+                # A directory that cannot be made is an error here; Icechunk would panic over it
+                # and print a backtrace.
+                partial.mkdir()
                 repository = _create(partial)
                 session = repository.writable_session(_BRANCH)
                 initialise(zarr.create_group(session.store, zarr_format=3))
                 session.commit("create store")
                 del session, repository
                 _move(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            for folder in missing:
-                with contextlib.suppress(OSError):  # somebody else's files may be in it by now
-                    folder.rmdir()
-            # Somebody else may have created the store between the check and the rename.
-            _check_vacant(path)
-            raise
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                for folder in missing:
+                    with contextlib.suppress(OSError):  # somebody else's files may be in it by now
+                        folder.rmdir()
+                # Somebody else may have created the store between the check and the rename.
+                _check_vacant(path)
+                raise
         return cls.open(path)
 
     @classmethod
@@ -77,10 +80,10 @@ class StoreRepository:
         Raises:
             StoreError: There is none.
         """
-        if not path.is_dir():
-            what = "is a file" if path.exists() else "does not exist"
-            raise StoreError(f"{path}: {what}, expected the directory of an adapter store")
         with backend(f"{path}: cannot open the store"):
+            if not path.is_dir():
+                what = "is a file" if path.exists() else "does not exist"
+                raise StoreError(f"{path}: {what}, expected the directory of an adapter store")
             storage = _storage(path.absolute())
             if not icechunk.Repository.exists(storage):
                 raise StoreError(
@@ -179,17 +182,27 @@ def backend(what: str) -> Iterator[None]:
         yield
     except UnmergeError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise StoreError(f"{what}: {reason(error)}") from error
 
 
-def reason(error: Exception) -> str:
+def is_failure(error: BaseException) -> bool:
+    """Return whether something failed, rather than a person or the interpreter asking to stop."""
+    # PyO3 derives the exception of a panic from BaseException and exports no class to catch.
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def reason(error: BaseException) -> str:
     """Return what an exception says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" |")]
     # Icechunk prints a tree: its first line says what happened, the rest where in its sources.
     text = lines[0].removeprefix("x ").rstrip(".") if lines else ""
+    # A panic prints that tree on one line.
+    text = text.partition(", context: SpanTrace")[0]
     return text or type(error).__name__
 
 

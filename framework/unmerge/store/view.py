@@ -24,8 +24,8 @@ from unmerge.store.layout import (
     storage_dtype,
     verbatim_path,
 )
-from unmerge.store.records import AdapterRecord, ModuleRecord, StoreIndex, parse
-from unmerge.store.repository import StoreRepository, backend, reason
+from unmerge.store.records import ModuleRecord, StoredAdapter, StoreIndex, parse
+from unmerge.store.repository import StoreRepository, backend, is_failure, reason
 
 _Array = NDArray[np.generic]
 
@@ -68,7 +68,7 @@ class StoreView:
         return tuple(sorted(self.index.adapters))
 
     @cached_property
-    def records(self) -> dict[str, AdapterRecord]:
+    def records(self) -> dict[str, StoredAdapter]:
         """Every adapter's record by name, sorted; parsed once, about 2 ms per adapter."""
         return {name: self.record(name) for name in self.names}
 
@@ -89,7 +89,7 @@ class StoreView:
             for module in [next(iter(adapters.values()))]
         }
 
-    def record(self, name: str) -> AdapterRecord:
+    def record(self, name: str) -> StoredAdapter:
         """Return one adapter's record.
 
         Raises:
@@ -103,7 +103,7 @@ class StoreView:
         where = f'{self._place}: adapter "{name}"'
         with backend(f"{where}: the record cannot be read"):
             text = self._root[adapter_path(name)].attrs.get("record")
-        return parse(AdapterRecord, text, self.index.adapters[name], where=where)
+        return parse(StoredAdapter, text, self.index.adapters[name], where=where)
 
     def read_module(self, path: str, names: Sequence[str] | None) -> list[tuple[str, Factors]]:
         """Return one module's factors by adapter; see `AdapterStore.read_module`."""
@@ -203,7 +203,9 @@ def _read_rows(array: zarr.Array[Any], rows: dict[int, str], *, where: str) -> _
     """Return the given rows in ascending order; `rows` says whose they are."""
     try:
         return _take(array, sorted(rows))
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         # Which chunk it was is found by reading row by row; slow, but only once and for a person.
         lost = [name for row, name in sorted(rows.items()) if not _readable(array, row)]
         owners = ", ".join(f'"{name}"' for name in lost or rows.values())
@@ -225,7 +227,9 @@ def _take(array: zarr.Array[Any], rows: list[int]) -> _Array:
 def _readable(array: zarr.Array[Any], row: int) -> bool:
     try:
         _take(array, [row])
-    except Exception:  # noqa: BLE001 - see `backend`: damage makes Zarr raise anything
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         return False
     return True
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import icechunk
 import pytest
 import torch
 import zarr
 
+import unmerge_bundle
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import (
     AdapterError,
@@ -20,8 +26,8 @@ from unmerge.errors import (
     StoreError,
     StoreExistsError,
 )
-from unmerge.store import AdapterStore
-from unmerge.store.repository import StoreRepository
+from unmerge.store import AdapterStore, records
+from unmerge.store.repository import StoreRepository, backend
 
 PATH = "layers.0.q_proj"
 
@@ -212,13 +218,108 @@ def test_open_of_a_non_store(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("open_it", [AdapterStore.open, AdapterStore.create])
+@pytest.mark.parametrize(
+    "path", ["s3://bucket/zoo", Path("s3://bucket/zoo"), Path("git+ssh://host/zoo"), "a://b"]
+)
 def test_addresses_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, open_it: type[AdapterStore.open]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    open_it: Callable[[str | Path], AdapterStore],
+    path: str | Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(StoreError, match="s3://bucket/zoo: is an address"):
-        open_it("s3://bucket/zoo")
+    with pytest.raises(StoreError, match=f"^{re.escape(str(path))}: is an address"):
+        open_it(path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["c:/zoo", "a:zoo", "./s3:/zoo"])
+def test_what_only_looks_like_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="does not exist"):
+        AdapterStore.open(name)
+
+
+@pytest.mark.parametrize("open_it", [AdapterStore.open, AdapterStore.create])
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_paths_that_no_system_has(
+    tmp_path: Path, open_it: Callable[[str | Path], AdapterStore], name: str
+) -> None:
+    with pytest.raises(StoreError, match="no path can hold a NUL") as caught:
+        open_it(tmp_path / "new" / name)
+    assert str(caught.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("open_it", [AdapterStore.open, AdapterStore.create])
+def test_a_path_too_long_to_ask_for(
+    tmp_path: Path, open_it: Callable[[str | Path], AdapterStore]
+) -> None:
+    with pytest.raises(StoreError, match="File name too long"):
+        open_it(tmp_path / ("x" * 300))
+
+
+def test_a_directory_that_cannot_be_made_is_no_panic(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Makes the first directory of a store fail whoever runs it; permissions do not stop root.
+    with pytest.raises(StoreError, match="cannot create a store: File name too long"):
+        AdapterStore.create(tmp_path / "new" / ("x" * 250))
+    assert capfd.readouterr().err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(path: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
+        if not exist_ok:  # the parent is there: nobody may write into it
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr("unmerge.store.repository._create", lambda path: pytest.fail("too late"))
+    with pytest.raises(StoreError, match="cannot create a store: Permission denied"):
+        AdapterStore.create(tmp_path / "zoo")
+
+
+def test_a_panic_is_a_store_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    storage = icechunk.local_filesystem_storage(str(tmp_path / "file" / "zoo"))
+    with (
+        pytest.raises(StoreError, match=r"^zoo: cannot create: ") as caught,
+        backend("zoo: cannot create"),
+    ):
+        icechunk.Repository.create(storage)
+    assert str(caught.value).isprintable()
+    assert "SpanTrace" not in str(caught.value)
+
+
+def test_a_panic_while_reading(filled: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    panic = type("PanicException", (BaseException,), {})
+
+    def take(array: object, rows: object) -> None:
+        raise panic("index out of bounds")
+
+    monkeypatch.setattr("unmerge.store.view._take", take)
+    with pytest.raises(StoreError, match='"math", "sql" cannot be read: index out of bounds'):
+        filled.read_module(PATH, ["math", "sql"])
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_who_asks_to_stop_is_heard(stop: type[BaseException]) -> None:
+    with pytest.raises(stop), backend("zoo: cannot be read"):
+        raise stop
+
+
+def test_tag_names_are_called_tags(filled: AdapterStore) -> None:
+    with pytest.raises(StoreError, match=r"^[^']*: tag '\.\./v1' is not allowed") as caught:
+        filled.tag("../v1")
+    assert "adapter" not in str(caught.value)
+    assert filled.tags() == {}
+
+
+def test_classes_are_not_called_like_those_of_bundles() -> None:
+    assert not set(vars(records)) & set(unmerge_bundle.__all__)
 
 
 def test_a_later_store_format_is_refused(store: AdapterStore) -> None:
