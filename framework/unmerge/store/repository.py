@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import inspect
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +25,7 @@ _BRANCH = "main"
 # Icechunk lists only its own folders, so a file beside them is never taken for data.
 _LOCK_NAME = "unmerge.lock"
 _SHORTEST_PREFIX = 6
+_SETTLING_SECONDS = 0.05
 
 
 class StoreRepository:
@@ -226,7 +230,19 @@ def _storage(path: Path) -> icechunk.Storage:
     # It warns on every open that concurrent commits are not safe; `lock` is what makes them so.
     if "ICECHUNK_LOG" not in os.environ:
         icechunk.set_logs_filter("error")
+    _settle_at_exit()
     return icechunk.local_filesystem_storage(os.fspath(path))
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    """Let Icechunk's threads come to rest before the interpreter goes, once per process.
+
+    After its result has arrived, the thread that delivered it still needs the interpreter for a
+    moment; should that be shutting down by then, the process aborts (SIGABRT), with all work done
+    (PyO3/pyo3-async-runtimes issue 40). Sleeping gives that moment.
+    """
+    atexit.register(time.sleep, _SETTLING_SECONDS)
 
 
 def _move(partial: Path, target: Path) -> None:
