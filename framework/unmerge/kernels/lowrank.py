@@ -6,6 +6,7 @@ Every delta is `Q_B M Q_Aᵀ` with orthonormal `Q_B`, `Q_A` and a small core `M`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -148,20 +149,24 @@ def concatenate(
         is moved from one factor to the other so that both have entries of one size: a small
         coefficient must not push one of them below what float16 can express. O((d_out + d_in) R).
     """
-    left, right = [], []
+    first, total = factors[0], sum(f.rank for f in factors)
+    A = first.A.new_empty(total, first.d_in, dtype=torch.float64)
+    # Written as its transpose: the column-major layout that LAPACK wants, and contiguous writes.
+    B = first.B.new_empty(total, first.d_out, dtype=torch.float64).T
+    start = 0
     for f, coefficient in zip(factors, coefficients, strict=True):
-        A, B = f.A.to(torch.float64), f.B.to(torch.float64) * (coefficient * f.scaling)
-        shift = (_exponent(B) - _exponent(A)) // 2
-        right.append(torch.ldexp(A, shift))
-        left.append(torch.ldexp(B, -shift))
-    return torch.cat(right), torch.cat(left, dim=1)
+        stop = start + f.rank
+        scale = coefficient * f.scaling
+        shift = (_exponent(f.B) + math.frexp(scale)[1] - _exponent(f.A)) // 2
+        torch.mul(f.A.to(torch.float64), math.ldexp(1.0, shift), out=A[start:stop])
+        torch.mul(f.B.to(torch.float64), math.ldexp(scale, -shift), out=B[:, start:stop])
+        start = stop
+    return A, B
 
 
-def _exponent(matrix: torch.Tensor) -> torch.Tensor:
-    """Return e with 2^(e−1) ≤ max |entry| < 2^e, or 0 for a zero matrix."""
-    if matrix.numel() == 0:
-        return torch.zeros((), dtype=torch.int32, device=matrix.device)
-    return torch.frexp(matrix.abs().max()).exponent
+def _exponent(matrix: torch.Tensor) -> int:
+    """Return e with 2^(e−1) ≤ max |entry| < 2^e, or 0 for a matrix without any."""
+    return math.frexp(float(matrix.abs().max()))[1] if matrix.numel() else 0
 
 
 def delta_rows(factors: Factors, start: int, stop: int) -> torch.Tensor:
