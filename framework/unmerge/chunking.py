@@ -95,9 +95,14 @@ def _held_bytes(shape: ModuleShape, merger: Merger, adapters: int) -> int:
 
 
 def _working_bytes(shape: ModuleShape, merger: Merger) -> int:
-    """Bytes a module takes while it is merged: unpadded copies, workspace, float64 result."""
+    """Bytes a module takes while it is read, merged and measured, besides what it holds."""
     result = _result_elements(shape, merger)
-    return 4 * shape.elements + merger.workspace_bytes(shape) + 8 * result
+    reading = 8 * shape.elements  # decoded chunks, and rows copied out of them
+    merging = 4 * shape.elements + merger.workspace_bytes(shape) + 8 * result
+    # Original, stored and difference of both factors in float64, and those side by side.
+    restores = merger.capabilities.restores is not None
+    measured = max(shape.ranks) * (shape.d_out + shape.d_in) if restores else result
+    return reading + max(merging, 10 * 8 * measured + 8 * result)
 
 
 def _result_elements(shape: ModuleShape, merger: Merger) -> int:

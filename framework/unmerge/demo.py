@@ -31,8 +31,9 @@ Progress = Callable[[str, int, int], None]
 
 _BATCH = 64
 _BASIS_SIZES = (2, 3)
-# Written into the output directory: only a directory that holds it is ever replaced.
+# Written into the output directory: one that holds it, and nothing foreign, may be replaced.
 _MARKER = "unmerge-demo.json"
+_WRITTEN = {_MARKER, "zoo", "p2.rmb", "p3.rmb", "merged.rmb", "merged", "restored"}
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,10 @@ def _prepare(out: Path, overwrite: bool) -> None:
     if out.exists():
         if not overwrite:
             raise ConfigError(f"{out} exists; remove it, or give --overwrite or another --out")
-        if not (out / _MARKER).is_file():
-            raise ConfigError(f"{out} was not written by the demo and is not replaced")
+        foreign = sorted({entry.name for entry in out.iterdir()} - _WRITTEN)
+        if foreign or not (out / _MARKER).is_file():
+            found = f": {foreign[0]} is not the demo's" if foreign else ""
+            raise ConfigError(f"{out} was not written by the demo and is not replaced{found}")
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / _MARKER).write_text("{}\n", encoding="utf-8")

@@ -74,6 +74,9 @@ def test_only_a_demos_own_output_is_replaced(small_zoo: Path, tmp_path: Path) ->
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match="mine"):
             run_demo(small_zoo, tmp_path / "mine", overwrite=overwrite)
+    (tmp_path / "mine" / "unmerge-demo.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"thesis\.tex is not the demo's"):
+        run_demo(small_zoo, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
 
 
