@@ -256,6 +256,12 @@ def licences_document(tasks: Sequence[Task], archives: Archives) -> str:
             " sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0, not shipped here)."
         ),
         "",
+        (
+            "Near-duplicates are removed between each task's own training and held-out texts."
+            " Tasks that share a package may hold out a text that another was trained on, under"
+            " other labels."
+        ),
+        "",
     ]
     notices: dict[str, list[str]] = defaultdict(list)
     for task in tasks:
