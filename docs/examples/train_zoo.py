@@ -33,7 +33,8 @@ import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from zoo_data import TASKS, Archives, Example, Split, Task, ZooDataError, licences_document, prepare
+from zoo_data import Archives, Example, Split, Task, ZooDataError, licences_document, prepare
+from zoo_tasks import TASKS
 
 LOGGER = logging.getLogger("train_zoo")
 
