@@ -35,7 +35,8 @@ from unmerge.errors import (
 )
 from unmerge_strategies import Rmm
 
-SHAPES = {f"layers.{n}.q": (24, 16) for n in range(4)} | {"layers.0.up": (40, 16)}
+LAYERS = 12
+SHAPES = {f"layers.{n}.q": (24, 16) for n in range(LAYERS)} | {"layers.0.up": (40, 16)}
 
 
 def make_store(path: Path, count: int = 4, **settings: object) -> AdapterStore:
@@ -217,7 +218,7 @@ def test_selection_of_adapters_and_modules(store: AdapterStore, tmp_path: Path) 
     pipeline.run(tmp_path / "out.rmb")
     merged = unmerge_bundle.open(tmp_path / "out.rmb").merged()
     assert [source.name for source in merged.sources] == ["a0", "a1", "a2"]
-    assert set(merged.modules) == {f"layers.{n}.q" for n in range(4)}
+    assert set(merged.modules) == {f"layers.{n}.q" for n in range(LAYERS)}
 
 
 def test_a_reversible_merge_of_some_modules_is_refused(store: AdapterStore, tmp_path: Path) -> None:
