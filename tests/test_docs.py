@@ -64,7 +64,7 @@ def test_every_command_of_the_readme_runs_as_typed(own_adapters: Path) -> None:
 def test_the_python_of_the_readme_runs(own_adapters: Path) -> None:
     (program,) = code_blocks(README, "python")
     exec(program, {"adapter_directories": sorted(own_adapters.iterdir())})  # noqa: S102
-    assert Path("restored/adapter_model.safetensors").is_file()
+    assert Path("one-adapter/adapter_model.safetensors").is_file()
 
 
 def test_the_readme_shows_the_two_commands_and_every_strategy() -> None:

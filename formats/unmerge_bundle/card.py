@@ -49,7 +49,7 @@ def restored_card(
         "Relative Frobenius norm against the original, as recorded in the bundle: of the factors",
         f"restored in the original's dtype ({_code(sources)}), their scaling beside them.",
         "",
-        "| | median over modules | largest |",
+        "| | mean over modules | largest |",
         "|---|---|---|",
         _error_row("factors", [error.factors for error in errors]),
         _error_row("delta", [error.delta for error in errors]),
@@ -127,7 +127,7 @@ def _rounding_line(rounding: float, recorded: str) -> str:
 
 
 def _error_row(label: str, values: list[float]) -> str:
-    return f"| {label} | {np.median(values):.3g} | {max(values):.3g} |"
+    return f"| {label} | {np.mean(values):.3g} | {max(values):.3g} |"
 
 
 def _card(base_model: str | None, lines: list[str]) -> str:

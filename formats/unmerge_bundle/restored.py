@@ -298,8 +298,8 @@ class MergedAdapter:
         if dense:
             raise WrongKindError(
                 f"{len(dense)} of {len(self.modules)} modules hold a full-rank delta, the first "
-                f"is {dense[0]}; an adapter needs factors: export with a rank (--rank), or export "
-                "a full checkpoint",
+                f"is {dense[0]}; an adapter needs factors, and this release does not reduce a "
+                "delta to them: read it with merged().delta(path)",
                 path=self.origin.bundle,
             )
         rank = max(len(A) for A, _ in factors.values())

@@ -29,6 +29,7 @@ from unmerge.store import AdapterInfo, AdapterStore
 from unmerge_bundle import (
     AdapterRecord,
     BundleWriter,
+    DeltaEncoding,
     GenerationInfo,
     ModuleErrors,
     RecordedModule,
@@ -55,6 +56,7 @@ class RunReport:
         errors: Relative reconstruction errors by adapter and module; empty for a merged result.
         rounding: Largest relative change, over the modules, of a merged delta by rounding to the
             stored dtype; 0 for a reversible bundle, whose errors include it.
+        full_rank: Whether a module's result is a dense delta, which is no adapter.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class RunReport:
     total_bytes: int
     errors: Mapping[str, Mapping[str, ModuleErrors]]
     rounding: float
+    full_rank: bool
 
     @property
     def element_ratio(self) -> float:
@@ -204,6 +207,7 @@ class MergePipeline:
         info = self._generation_info(plan)
         errors: dict[str, dict[str, ModuleErrors]] = {}
         rounding: dict[str, float] = {}
+        full_rank = False
         with (
             one_thread_per_task(),
             BundleWriter(out, info=info, overwrite=overwrite) as writer,
@@ -222,6 +226,7 @@ class MergePipeline:
                     for name, measured in module.errors.items():
                         errors.setdefault(name, {})[module.path] = measured
                     rounding[module.path] = module.rounding
+                    full_rank |= isinstance(module.encoding, DeltaEncoding)
                     report("merge", len(rounding), total)
             summary = writer.finish(message=message)
         encoded = sum(summary.adapters.values(), start=summary.shared)
@@ -233,6 +238,7 @@ class MergePipeline:
             total_bytes=summary.total,
             errors=errors,
             rounding=max(rounding.values()),
+            full_rank=full_rank,
         )
 
     def _survey(self, plan: Plan, context: MergeContext, report: Progress) -> MergeContext:

@@ -117,9 +117,10 @@ class Plan:
     def _content_warnings(self) -> Iterator[str]:
         for name, paths in self.absent.items():
             yield f'"{name}" lacks {len(paths)} of {len(self.modules)} modules, such as {paths[0]}'
-        for name, keys in self.unmerged.items():
+        if self.unmerged:
+            keys = sorted({key for keys in self.unmerged.values() for key in keys})
             yield (
-                f'"{name}": {len(keys)} tensors are no low-rank update and are not merged: '
+                f"{', '.join(self.unmerged)}: tensors that are no low-rank update are not merged: "
                 + ", ".join(keys)
             )
 

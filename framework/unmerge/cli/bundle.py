@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,8 +81,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
             ("source", "weight", "digest"),
             [(s.name, f"{s.weight:g}", s.digest[:19]) for s in document.sources],
         )
-        for name, keys in document.unmerged.items():
-            say(f'note: of "{name}" {len(keys)} tensors are not merged: {", ".join(keys)}')
+        _say_unmerged(document.unmerged)
         return
     print_table(
         ("adapter", "own size", "error of the delta: mean", "largest", "of the factors: mean"),
@@ -232,8 +231,14 @@ def export(
         )
         return
     say(f"exported {len(merged.modules)} modules to {directory}")
-    for name, keys in merged.unmerged.items():
-        say(f'note: of "{name}" these tensors are not merged: {", ".join(keys)}')
+    _say_unmerged(merged.unmerged)
+
+
+def _say_unmerged(unmerged: Mapping[str, Iterable[str]]) -> None:
+    """Name the tensors a merged result has not, in one line however many adapters had them."""
+    keys = sorted({key for keys in unmerged.values() for key in keys})
+    if keys:
+        say(f"note: not merged, of {', '.join(unmerged)}: {', '.join(keys)}")
 
 
 def _checked(report: VerifyReport) -> str:

@@ -163,6 +163,8 @@ def merge(
         f"wrote {out}: {len(report.plan.adapters)} adapters, {len(report.plan.modules)} modules, "
         f"{size(report.total_bytes)}; {ratio(report.element_ratio)} of the adapters' elements"
     )
+    if any(weight != 1 for weight in report.plan.context.weights.values()):
+        say(f"weights: {_weighted(report.plan)}")
     if report.errors:
         print_table(
             ("adapter", "error of the delta: mean", "largest", "error of the factors: mean"),
@@ -180,13 +182,17 @@ def merge(
         name = report.plan.adapters[0]
         say(f"next: unmerge restore {out} {name} restored/{name}")
         return
-    say(
-        f"rounding to {report.plan.store_dtype} changed the merged delta by "
-        f"{error_text(report.rounding)} at most (relative, largest module)"
-    )
+    if report.rounding > 0:
+        say(
+            f"rounding to {report.plan.store_dtype} changed the merged delta by "
+            f"{error_text(report.rounding)} at most (relative, largest module)"
+        )
     if report.rounding > _LARGE_ROUNDING:
         say("note: that is much; --dtype float32 avoids it")
-    say(f"next: unmerge export {out} merged/")
+    if report.full_rank:
+        say("note: the result is a full-rank delta, which cannot be exported as an adapter")
+    else:
+        say(f"next: unmerge export {out} merged/")
 
 
 def _pipeline(store: str, options: dict[str, Any]) -> MergePipeline:
@@ -218,7 +224,13 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     merger: dict[str, Any] = {"method": options["method"]}
     for assignment in options["fields"]:
         _assign(merger, assignment)
-    return Recipe.from_data({"merger": merger, **given})
+    try:
+        return Recipe.from_data({"merger": merger, **given})
+    except ConfigError as error:
+        raise ConfigError(
+            f"{str(error).removeprefix('recipe: ')}; `unmerge methods {options['method']}` shows "
+            "the fields"
+        ) from error
 
 
 def _assign(merger: dict[str, Any], assignment: str) -> None:
@@ -306,7 +318,7 @@ def _print_plan(made: Plan) -> None:
             f"{ratio(made.element_ratio)} of the adapters' elements, "
             f"{ratio(made.byte_ratio)} of their bytes"
         )
-    say(f"adapters   {len(made.adapters)}: {', '.join(made.adapters)}")
+    say(f"adapters   {len(made.adapters)}: {_weighted(made)}")
     say(f"modules    {len(made.modules)} in {len(made.chunks)} chunks")
     say(f"reads      {size(made.input_bytes)} of factors")
     say(f"writes     {predicted}")
@@ -331,6 +343,14 @@ def _report_data(report: RunReport) -> dict[str, Any]:
             for name, errors in sorted(report.errors.items())
         },
     }
+
+
+def _weighted(made: Plan) -> str:
+    """Return the adapters, with their weights where one of them is not 1."""
+    weights = made.context.weights
+    if all(weight == 1 for weight in weights.values()):
+        return ", ".join(weights)
+    return ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
 
 
 def _mean(values: list[float]) -> float:

@@ -21,6 +21,7 @@ from unmerge.recipe import explain
 from unmerge_bundle import BundleError
 
 _WIDTH_OF_A_FILE = 160
+_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
 def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -37,6 +38,9 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
                 function(*args, **options)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
+            except KeyboardInterrupt:
+                click.echo("unmerge: interrupted; store and output are as they were", err=True)
+                sys.exit(_INTERRUPTED)
             except Exception as error:
                 if debug:
                     raise

@@ -48,10 +48,14 @@ def add(
     if name is not None and len(adapters) > 1:
         raise ConfigError(f"--name names one adapter, but {len(adapters)} are given")
     opened = AdapterStore.open(store)
+    unknown: list[str] = []
     with progress_bar() as progress:
         for done, path in enumerate(adapters):
             progress("read", done, len(adapters))
-            opened.add(read_adapter(path, name=name))
+            adapter = read_adapter(path, name=name)
+            opened.add(adapter)
+            if adapter.base_model is None:
+                unknown.append(adapter.name)
         progress("read", len(adapters), len(adapters))
         staged = opened.staged
         version = opened.commit(
@@ -62,6 +66,11 @@ def add(
         print_json({"store": str(store), "version": version, "added": list(staged)})
     else:
         say(f"added {', '.join(staged)} as version {version}")
+        if unknown and opened.base_model is not None:
+            say(
+                f"note: {', '.join(unknown)} name no base model; they are taken to be for the "
+                f"store's, {opened.base_model}"
+            )
 
 
 @command("unmerge ls zoo --at v1", name="ls")
