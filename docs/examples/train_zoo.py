@@ -45,12 +45,8 @@ MAX_TOKENS = 40
 RANK = 16
 ALPHA = 32
 TARGET_MODULES = (
-    "query",
-    "key",
-    "value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
+    *("query", "key", "value"),
+    *("attention.output.dense", "intermediate.dense", "output.dense"),
 )
 ADAPTED_MODULES = 36
 TRAIN_BATCH = 32

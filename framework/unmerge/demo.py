@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,13 +22,11 @@ import torch
 import unmerge_bundle
 from unmerge.errors import ConfigError
 from unmerge.execution import one_thread_per_task
-from unmerge.pipeline import MergePipeline, RunReport
+from unmerge.pipeline import MergePipeline, Progress, RunReport, silent
 from unmerge.readers import read_adapter
 from unmerge.store import AdapterStore
 
 __all__ = ["DemoReport", "DemoRow", "default_zoo", "run_demo"]
-
-Progress = Callable[[str, int, int], None]
 
 _BATCH = 64
 _BASIS_SIZES = (2, 3)
@@ -109,7 +108,7 @@ def run_demo(
         ConfigError: The zoo, transformers, peft or the base model's package is not there, or
             `out` exists.
     """
-    report = progress or _silent
+    report = progress or silent
     description = _read_zoo(zoo)
     names = sorted(description["tasks"])
     evaluator = _Evaluator(description)
@@ -149,7 +148,7 @@ def run_demo(
             texts=len(texts),
             accuracy=evaluator.accuracy(texts, labels, store.read_verbatim(name), folders),
             errors={
-                f"p={p}": _mean([e.delta for e in reports[f"p={p}"].errors[name].values()])
+                f"p={p}": fmean([e.delta for e in reports[f"p={p}"].errors[name].values()])
                 for p in _BASIS_SIZES
             },
         )
@@ -276,10 +275,6 @@ def _read_texts(path: Path) -> tuple[list[str], torch.Tensor]:
     return [row["text"] for row in rows], torch.tensor([row["label"] for row in rows])
 
 
-def _silent(phase: str, done: int, total: int) -> None:
-    """Show no progress."""
-
-
 def _prepare(out: Path, overwrite: bool) -> None:
     if out.exists():
         if not overwrite:
@@ -291,7 +286,3 @@ def _prepare(out: Path, overwrite: bool) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / _MARKER).write_text("{}\n", encoding="utf-8")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -24,7 +24,7 @@ from unmerge_bundle import ModuleErrors, reconstruct, relative_errors
 from unmerge_bundle.arrays import FloatDtype
 from unmerge_bundle.encodings import AffineBasisEncoding, Encoding, FactorsEncoding
 
-__all__ = ["MergedModule", "merge_stack", "one_thread_per_task"]
+__all__ = ["MergedModule", "merge_stack", "one_thread_per_task", "reported_as"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -59,15 +59,8 @@ def merge_stack(
     """
     who = f"{merger.method} (from {distribution})"
     before = stack.A._version, stack.B._version
-    try:
+    with reported_as(f"{who}, {', '.join(stack.modules)}"):
         encodings = merger.merge(stack, context)
-    except UnmergeError:
-        raise
-    except Exception as error:
-        # A strategy may be foreign code; what it raises is reported as its own.
-        raise PluginError(
-            f"{who} failed on {', '.join(stack.modules)}: {type(error).__name__}: {error}"
-        ) from error
     if (stack.A._version, stack.B._version) != before:
         raise CapabilityError(f"{who} wrote to its input; a merger must not")
     if not isinstance(encodings, list) or len(encodings) != len(stack):
@@ -79,6 +72,20 @@ def merge_stack(
         _finish(module, encoding, plan, who)
         for module, encoding in zip(stack, encodings, strict=True)
     ]
+
+
+@contextmanager
+def reported_as(who: str) -> Iterator[None]:
+    """Report as `PluginError` of `who` whatever a strategy raises that is no error of this library.
+
+    A strategy may be foreign code, and what it raises should name it.
+    """
+    try:
+        yield
+    except UnmergeError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{who}: failed with {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -15,11 +15,8 @@ import torch
 
 from unmerge.arrays import to_numpy
 from unmerge.chunking import Chunk
-from unmerge.errors import (
-    ConfigError,
-    IncompatibleAdaptersError,
-)
-from unmerge.execution import MergedModule, merge_stack, one_thread_per_task
+from unmerge.errors import ConfigError, IncompatibleAdaptersError
+from unmerge.execution import MergedModule, merge_stack, one_thread_per_task, reported_as
 from unmerge.merger import MergeContext, Merger, Passes
 from unmerge.plan import Plan, make_plan
 from unmerge.recipe import Recipe
@@ -36,7 +33,7 @@ from unmerge_bundle import (
     check_message,
 )
 
-__all__ = ["MergePipeline", "Plan", "RunReport"]
+__all__ = ["MergePipeline", "Progress", "RunReport", "silent"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -160,6 +157,10 @@ class MergePipeline:
         )
 
     @property
+    def _distribution(self) -> str:
+        return self._registry.distribution(self.merger)
+
+    @property
     def merger(self) -> Merger:
         """The strategy."""
         return self.recipe.merger
@@ -202,7 +203,7 @@ class MergePipeline:
         plan = self.plan()
         if plan.refusals:
             raise IncompatibleAdaptersError("; ".join(plan.refusals))
-        report = progress or _silent
+        report = progress or silent
         context = plan.context
         info = self._generation_info(plan)
         errors: dict[str, dict[str, ModuleErrors]] = {}
@@ -252,7 +253,8 @@ class MergePipeline:
                 done += len(chunk.modules)
                 report("survey", done, total)
 
-        state = self.merger.survey(Passes(stacks), context)
+        with reported_as(f"{self.merger.method} (from {self._distribution}), survey"):
+            state = self.merger.survey(Passes(stacks), context)
         return MergeContext(
             weights=context.weights,
             seed=context.seed,
@@ -275,7 +277,7 @@ class MergePipeline:
             self.merger,
             context=context,
             plan=plan,
-            distribution=self._registry.distribution(self.merger),
+            distribution=self._distribution,
         )
         for merged in pool.map(task, parts):
             yield from merged
@@ -310,7 +312,7 @@ class MergePipeline:
                 "strategy": {
                     "method": merger.method,
                     "version": merger.version,
-                    "distribution": self._registry.distribution(merger),
+                    "distribution": self._distribution,
                 },
                 "recipe": self.recipe.to_data(),
                 "base_model": {"id": base_model, "revision": revision},
@@ -326,7 +328,7 @@ class MergePipeline:
         )
 
 
-def _silent(phase: str, done: int, total: int) -> None:
+def silent(phase: str, done: int, total: int) -> None:
     """Show no progress."""
 
 

@@ -425,6 +425,21 @@ class Surveying(Merger, frozen=True):
         ]
 
 
+class FailingSurvey(Surveying, frozen=True):
+    """Raises in its survey."""
+
+    method: ClassVar[str] = "test.failing_survey"
+
+    def survey(self, passes, context):
+        raise KeyError("no such fact")
+
+
+def test_a_failing_survey_is_reported_as_the_mergers(store: AdapterStore, tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match=r"test\.failing_survey .*survey: failed with KeyError"):
+        MergePipeline(store, FailingSurvey()).run(tmp_path / "out.rmb")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["zoo"]
+
+
 def test_a_survey_sees_every_module_as_often_as_it_asks(
     store: AdapterStore, tmp_path: Path
 ) -> None:

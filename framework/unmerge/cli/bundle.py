@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import click
@@ -89,9 +90,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
             (
                 name,
                 size(sizes.adapters[name].bytes + sizes.verbatim[name].bytes),
-                error_text(_mean([e["delta"] for e in by_path.values()])),
+                error_text(fmean([e["delta"] for e in by_path.values()])),
                 error_text(max(e["delta"] for e in by_path.values())),
-                error_text(_mean([e["factors"] for e in by_path.values()])),
+                error_text(fmean([e["factors"] for e in by_path.values()])),
             )
             for name, by_path in errors.items()
         ],
@@ -199,7 +200,7 @@ def restore(
         return
     say(
         f"restored {name} to {directory}: {len(errors)} modules, {len(restored.verbatim)} verbatim "
-        f"tensors; relative error of the delta {error_text(_mean([e.delta for e in errors]))} on "
+        f"tensors; relative error of the delta {error_text(fmean([e.delta for e in errors]))} on "
         f"average, {error_text(largest)} at most"
     )
     if saved.rounding > 0:
@@ -270,10 +271,6 @@ def _fields(recipe: Mapping[str, Any]) -> str:
         return "unknown"
     fields = [f"{key}={value}" for key, value in merger.items() if key != "method"]
     return ", ".join(fields) or "none"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 COMMANDS = (inspect, verify, restore, export)

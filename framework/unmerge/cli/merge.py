@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import click
@@ -171,9 +172,9 @@ def merge(
             [
                 (
                     name,
-                    error_text(_mean([e.delta for e in errors.values()])),
+                    error_text(fmean([e.delta for e in errors.values()])),
                     error_text(max(e.delta for e in errors.values())),
-                    error_text(_mean([e.factors for e in errors.values()])),
+                    error_text(fmean([e.factors for e in errors.values()])),
                 )
                 for name, errors in sorted(report.errors.items())
             ],
@@ -351,10 +352,6 @@ def _weighted(made: Plan) -> str:
     if all(weight == 1 for weight in weights.values()):
         return ", ".join(weights)
     return ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _type_text(annotation: Any) -> str:
