@@ -4,11 +4,16 @@
 """
 
 from unmerge_bundle.encodings import (
+    AdapterFactorsEncoding,
     AffineBasisEncoding,
     DeltaEncoding,
     Encoding,
     FactorsEncoding,
+    MaskedDeltaEncoding,
+    QuantisedMatrix,
     Restores,
+    RestoringEncoding,
+    SharedFactorsEncoding,
 )
 from unmerge_bundle.errors import (
     AdapterNotInBundleError,
@@ -60,6 +65,7 @@ from unmerge_bundle.writer import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "AdapterFactorsEncoding",
     "AdapterNotInBundleError",
     "AdapterRecord",
     "AffineBasisEncoding",
@@ -80,6 +86,7 @@ __all__ = [
     "InvalidInputError",
     "ManifestError",
     "ManifestTooLargeError",
+    "MaskedDeltaEncoding",
     "MergedAdapter",
     "MissingBlobError",
     "ModuleErrors",
@@ -88,12 +95,15 @@ __all__ = [
     "Origin",
     "OutputExistsError",
     "Problem",
+    "QuantisedMatrix",
     "ReconstructionMismatchError",
     "RecordedModule",
     "RestoredAdapter",
     "RestoredModule",
     "Restores",
+    "RestoringEncoding",
     "SavedAdapter",
+    "SharedFactorsEncoding",
     "Source",
     "Strategy",
     "TensorMismatchError",

@@ -8,8 +8,8 @@ that a strategy returns torch tensors, the writer takes numpy arrays, and neithe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -28,10 +28,16 @@ class Encoding(ABC, Generic[ArrayT]):
         kind: The encoding's name in the manifest.
         restores: What it gives back for each adapter: its "factors", its "delta", or `None`
             where it holds one merged result only.
+
+    Attributes:
+        facts: What the strategy has to say about this module, finite numbers by name: iterations
+            it took, how much a truncation cut off. Kept in the manifest, no part of restoring.
     """
 
     kind: ClassVar[str]
     restores: ClassVar[Restores | None]
+
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     @abstractmethod
@@ -49,6 +55,14 @@ class Encoding(ABC, Generic[ArrayT]):
 
     def adapter_tensors(self, name: str) -> dict[str, ArrayT]:
         """Return the tensors that belong to adapter `name` alone, by tensor name.
+
+        Raises:
+            KeyError: The encoding restores no adapter of that name.
+        """
+        raise KeyError(name)
+
+    def scaling(self, name: str) -> float:
+        """Return what the restored factors or delta of adapter `name` are multiplied with.
 
         Raises:
             KeyError: The encoding restores no adapter of that name.
@@ -86,7 +100,7 @@ class FactorsEncoding(Encoding[ArrayT]):
 
     def map(self, convert: Callable[[ArrayT], OtherT]) -> FactorsEncoding[OtherT]:
         """Return the same encoding with `convert` applied to A and B."""
-        return FactorsEncoding(A=convert(self.A), B=convert(self.B))
+        return FactorsEncoding(A=convert(self.A), B=convert(self.B), facts=self.facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +128,50 @@ class DeltaEncoding(Encoding[ArrayT]):
 
     def map(self, convert: Callable[[ArrayT], OtherT]) -> DeltaEncoding[OtherT]:
         """Return the same encoding with `convert` applied to the delta."""
-        return DeltaEncoding(delta=convert(self.delta))
+        return DeltaEncoding(delta=convert(self.delta), facts=self.facts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class AffineBasisEncoding(Encoding[ArrayT]):
+class RestoringEncoding(Encoding[ArrayT]):
+    """An encoding from which every adapter comes back.
+
+    Attributes:
+        names: The N adapters, in the order of everything that is per adapter.
+        scalings: Per adapter, what its restored factors or delta are multiplied with.
+    """
+
+    names: tuple[str, ...]
+    scalings: tuple[float, ...]
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names."""
+        return self.names
+
+    def scaling(self, name: str) -> float:
+        """Return adapter `name`'s entry of `scalings`.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        return self.scalings[self.position(name)]
+
+    def position(self, name: str) -> int:
+        """Return the place of adapter `name` among `names`, in constant time.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        return self._positions[name]
+
+    # Callers ask for one adapter after the other: searching `names` each time would be O(N²).
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffineBasisEncoding(RestoringEncoding[ArrayT]):
     """Every adapter's factors as a mean plus a combination of p basis adapters, per position.
 
     Position j of factor A is its column j, position i of factor B its row i (RMM's task
@@ -130,8 +183,6 @@ class AffineBasisEncoding(Encoding[ArrayT]):
     and the restored delta is `scaling · B @ A`.
 
     Attributes:
-        names: The N adapters, in the order of the leading axis of the coefficients.
-        scalings: Per adapter, the scaling its restored factors are used with.
         mean_A: `(r, d_in)`.
         basis_A: `(p, r, d_in)`.
         coefficients_A: `(N, p, d_in)`; adapter `names[n]` owns `coefficients_A[n]`.
@@ -143,8 +194,6 @@ class AffineBasisEncoding(Encoding[ArrayT]):
     kind: ClassVar[str] = "affine_basis"
     restores: ClassVar[Restores | None] = "factors"
 
-    names: tuple[str, ...]
-    scalings: tuple[float, ...]
     mean_A: ArrayT
     basis_A: ArrayT
     coefficients_A: ArrayT
@@ -156,16 +205,6 @@ class AffineBasisEncoding(Encoding[ArrayT]):
     def shape(self) -> tuple[int, int]:
         """`(d_out, d_in)`, from the means of B and A."""
         return (_shape(self.mean_B)[0], _shape(self.mean_A)[1])
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names, in the order of the coefficients."""
-        return self.names
-
-    # Callers ask for one adapter after the other: searching `names` each time would be O(N²).
-    @cached_property
-    def _positions(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.names)}
 
     def shared_tensors(self) -> dict[str, ArrayT]:
         """Return means and bases."""
@@ -182,7 +221,7 @@ class AffineBasisEncoding(Encoding[ArrayT]):
         Raises:
             KeyError: It is not one of `names`.
         """
-        index = self._positions[name]
+        index = self.position(name)
         coefficients_A: Any = self.coefficients_A
         coefficients_B: Any = self.coefficients_B
         return {
@@ -201,6 +240,211 @@ class AffineBasisEncoding(Encoding[ArrayT]):
             mean_B=convert(self.mean_B),
             basis_B=convert(self.basis_B),
             coefficients_B=convert(self.coefficients_B),
+            facts=self.facts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedFactorsEncoding(RestoringEncoding[ArrayT]):
+    """Every adapter's delta as a small core between two shared factors.
+
+        delta = scaling · U @ cores[n] @ V
+
+    Attributes:
+        U: `(d_out, k_out)`.
+        V: `(k_in, d_in)`.
+        cores: `(N, k_out, k_in)`, or `(N, k)` for diagonal cores, where k = k_out = k_in.
+    """
+
+    kind: ClassVar[str] = "shared_factors"
+    restores: ClassVar[Restores | None] = "delta"
+
+    U: ArrayT
+    V: ArrayT
+    cores: ArrayT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`, from U and V."""
+        return (_shape(self.U)[0], _shape(self.V)[1])
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the diagonals of the cores are kept."""
+        return len(_shape(self.cores)) == 2
+
+    def shared_tensors(self) -> dict[str, ArrayT]:
+        """Return U and V."""
+        return {"U": self.U, "V": self.V}
+
+    def adapter_tensors(self, name: str) -> dict[str, ArrayT]:
+        """Return adapter `name`'s core.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        cores: Any = self.cores
+        return {"core": cores[self.position(name)]}
+
+    def map(self, convert: Callable[[ArrayT], OtherT]) -> SharedFactorsEncoding[OtherT]:
+        """Return the same encoding with `convert` applied to every tensor."""
+        return SharedFactorsEncoding(
+            names=self.names,
+            scalings=self.scalings,
+            U=convert(self.U),
+            V=convert(self.V),
+            cores=convert(self.cores),
+            facts=self.facts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedDeltaEncoding(RestoringEncoding[ArrayT]):
+    """Every adapter's delta as the entries of one unified delta that its mask lets through.
+
+        delta = scaling · mask[n] ⊙ unified
+
+    Attributes:
+        unified: `(d_out, d_in)`.
+        masks: `(N, d_out, ceil(d_in / 8))` uint8: bit `j % 8`, counted from the least significant,
+            of byte `j // 8` is the mask's column j; the bits beyond d_in are 0.
+    """
+
+    kind: ClassVar[str] = "masked_delta"
+    restores: ClassVar[Restores | None] = "delta"
+
+    unified: ArrayT
+    masks: ArrayT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The unified delta's shape."""
+        d_out, d_in = _shape(self.unified)
+        return (d_out, d_in)
+
+    def shared_tensors(self) -> dict[str, ArrayT]:
+        """Return the unified delta."""
+        return {"unified": self.unified}
+
+    def adapter_tensors(self, name: str) -> dict[str, ArrayT]:
+        """Return adapter `name`'s mask.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        masks: Any = self.masks
+        return {"mask": masks[self.position(name)]}
+
+    def map(self, convert: Callable[[ArrayT], OtherT]) -> MaskedDeltaEncoding[OtherT]:
+        """Return the same encoding with `convert` applied to every tensor, the masks too."""
+        return MaskedDeltaEncoding(
+            names=self.names,
+            scalings=self.scalings,
+            unified=convert(self.unified),
+            masks=convert(self.masks),
+            facts=self.facts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantisedMatrix(Generic[ArrayT]):
+    """A matrix as integers with one scale per group of consecutive entries of a row.
+
+    With `q = code - 2^(bits - 1)` and g running over the groups of a row,
+
+        matrix[i, j] = q[i, j] · scales[i, j // group_size]
+
+    Attributes:
+        codes: `(rows, ceil(columns · bits / 8))` uint8. 8 bits: one code a byte. 4 bits: column
+            2m in the low half of byte m, column 2m + 1 in the high half; an unused half is 0.
+        scales: `(rows, ceil(columns / group_size))`, ≥ 0, floating.
+        bits: 4 or 8.
+        group_size: Entries per scale; the last group of a row may be shorter.
+        columns: Columns of the matrix.
+    """
+
+    codes: ArrayT
+    scales: ArrayT
+    bits: int
+    group_size: int
+    columns: int
+
+    def map(self, convert: Callable[[ArrayT], OtherT]) -> QuantisedMatrix[OtherT]:
+        """Return the same matrix with `convert` applied to codes and scales."""
+        return QuantisedMatrix(
+            codes=convert(self.codes),
+            scales=convert(self.scales),
+            bits=self.bits,
+            group_size=self.group_size,
+            columns=self.columns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFactorsEncoding(RestoringEncoding[ArrayT]):
+    """Every adapter's factors on their own: nothing shared, each of a rank of its own.
+
+    All matrices are raw, or all are quantised with one `bits` and one `group_size`.
+
+    Attributes:
+        A: Per adapter, `(k_n, d_in)`.
+        B_transposed: Per adapter, the transpose of B, `(k_n, d_out)`: rank-one components are
+            rows, so that no group of a quantised matrix spans two of them.
+        d_out: Output features.
+        d_in: Input features.
+    """
+
+    kind: ClassVar[str] = "adapter_factors"
+    restores: ClassVar[Restores | None] = "factors"
+
+    A: tuple[ArrayT | QuantisedMatrix[ArrayT], ...]
+    B_transposed: tuple[ArrayT | QuantisedMatrix[ArrayT], ...]
+    d_out: int
+    d_in: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        return (self.d_out, self.d_in)
+
+    def shared_tensors(self) -> dict[str, ArrayT]:
+        """Return nothing: there are no shared tensors."""
+        return {}
+
+    def adapter_tensors(self, name: str) -> dict[str, ArrayT]:
+        """Return adapter `name`'s `A` and `B_transposed`, or the codes and scales of each.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        index = self.position(name)
+        tensors: dict[str, ArrayT] = {}
+        for key, matrix in (("A", self.A[index]), ("B_transposed", self.B_transposed[index])):
+            if isinstance(matrix, QuantisedMatrix):
+                tensors[f"{key}.codes"] = matrix.codes
+                tensors[f"{key}.scales"] = matrix.scales
+            else:
+                tensors[key] = matrix
+        return tensors
+
+    def map(self, convert: Callable[[ArrayT], OtherT]) -> AdapterFactorsEncoding[OtherT]:
+        """Return the same encoding with `convert` applied to every tensor, codes too."""
+
+        def mapped(
+            matrices: tuple[ArrayT | QuantisedMatrix[ArrayT], ...],
+        ) -> tuple[OtherT | QuantisedMatrix[OtherT], ...]:
+            return tuple(
+                m.map(convert) if isinstance(m, QuantisedMatrix) else convert(m) for m in matrices
+            )
+
+        return AdapterFactorsEncoding(
+            names=self.names,
+            scalings=self.scalings,
+            A=mapped(self.A),
+            B_transposed=mapped(self.B_transposed),
+            d_out=self.d_out,
+            d_in=self.d_in,
+            facts=self.facts,
         )
 
 

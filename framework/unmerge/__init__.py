@@ -5,6 +5,7 @@ from unmerge.elementwise import Block, Blocks, ElementwiseMerger
 from unmerge.errors import UnmergeError
 from unmerge.hookspecs import hookimpl
 from unmerge.merger import (
+    Absent,
     Capabilities,
     MergeContext,
     Merger,
@@ -20,14 +21,20 @@ from unmerge.registry import Registry, default_registry, get_plugin_manager
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge.store import AdapterStore
 from unmerge_bundle.encodings import (
+    AdapterFactorsEncoding,
     AffineBasisEncoding,
     DeltaEncoding,
     Encoding,
     FactorsEncoding,
+    MaskedDeltaEncoding,
+    QuantisedMatrix,
+    SharedFactorsEncoding,
 )
 
 __all__ = [
+    "Absent",
     "Adapter",
+    "AdapterFactorsEncoding",
     "AdapterStore",
     "AffineBasisEncoding",
     "Block",
@@ -39,6 +46,7 @@ __all__ = [
     "FactorStack",
     "Factors",
     "FactorsEncoding",
+    "MaskedDeltaEncoding",
     "MergeContext",
     "MergePipeline",
     "Merger",
@@ -46,10 +54,12 @@ __all__ = [
     "OutputSize",
     "Passes",
     "Plan",
+    "QuantisedMatrix",
     "Recipe",
     "Registry",
     "ReversibleMerger",
     "RunReport",
+    "SharedFactorsEncoding",
     "StackModule",
     "UnmergeError",
     "default_registry",

@@ -26,6 +26,7 @@ from unmerge.stack import FactorStack, ModuleShape
 from unmerge_bundle.encodings import Encoding, Restores
 
 __all__ = [
+    "Absent",
     "Capabilities",
     "MergeContext",
     "Merger",
@@ -51,6 +52,9 @@ class Capabilities:
         mixed_ranks: Adapters of one module may differ in rank.
         stochastic: The result depends on the seed.
         ignores_weights: Weights have no effect; giving some is refused.
+        gauge_invariant: Equal deltas give equal results, however they are factored.
+        sign_equivariant: Flipping the sign of one entry of all adapters flips that entry of the
+            result, and changes no other: what an inner rule of `knots` or `core_space` needs.
         restores: `"factors"` or `"delta"` where the originals come back, else `None`.
     """
 
@@ -62,6 +66,8 @@ class Capabilities:
     mixed_ranks: bool = False
     stochastic: bool = False
     ignores_weights: bool = False
+    gauge_invariant: bool = False
+    sign_equivariant: bool = False
     restores: Restores | None = None
 
 
@@ -102,6 +108,10 @@ class Undeclared:
         raise self._raise()
 
 
+Absent = Literal["zero", "renormalise"]
+"""How an adapter that lacks a module counts there: as a zero delta, or not at all."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeContext:
     """Everything but the tensors that a merge may depend on.
@@ -133,9 +143,27 @@ class MergeContext:
         """Names of all adapters of the merge, sorted."""
         return tuple(self.weights)
 
-    def weights_of(self, names: Sequence[str]) -> list[float]:
-        """Return the weights of `names`, in their order."""
-        return [self.weights[name] for name in names]
+    def weights_of(self, names: Sequence[str], absent: Absent = "zero") -> list[float]:
+        """Return the weights of `names`, in their order.
+
+        Args:
+            names: The adapters that have a module.
+            absent: `"zero"`: the others count as zero deltas, so the weights are the user's.
+                `"renormalise"`: the others do not count, so these are scaled up to the sum of all.
+
+        Raises:
+            ConfigError: To be renormalised, and those of `names` sum to zero.
+        """
+        weights = [self.weights[name] for name in names]
+        if absent == "zero" or len(weights) == len(self.weights):
+            return weights
+        # Relative: weights such as 0.1, 0.2, -0.3 sum to rounding noise, not to 0.
+        if abs(sum(weights)) <= 1e-12 * sum(abs(w) for w in weights):
+            raise ConfigError(
+                f"the weights of {', '.join(names)} sum to 0 and cannot be renormalised; "
+                "use absent=zero"
+            )
+        return [w * (sum(self.weights.values()) / sum(weights)) for w in weights]
 
 
 class Passes(Iterable[FactorStack]):
@@ -226,6 +254,14 @@ class Merger(BaseModel, ABC, frozen=True, extra="forbid", strict=True):
         Default: three float64 copies of all factors.
         """
         return 3 * 8 * shape.elements
+
+    def lossless(self) -> Merger | None:
+        """Return this strategy with settings under which nothing is lost, or `None`.
+
+        What it returns must turn one adapter at weight 1 into itself; the conformance kit checks.
+        Default: `None`, no such settings.
+        """
+        return None
 
     def recipe(self) -> dict[str, Any]:
         """Return the merger as plain data, with `method` first."""
