@@ -119,7 +119,8 @@ class MergeContext:
     Attributes:
         weights: The user's weight of every adapter, by name, in sorted-name order.
         seed: Key of all randomness; see `unmerge.kernels.stream_key`.
-        block_rows: Height of the row blocks that elementwise rules are given.
+        block_rows: Height of the row blocks that elementwise rules are given; unless given, one
+            that keeps a block near the cache. It must not change the result.
         state: What the merger's `survey` returned; `None` without a survey.
         activations: Statistics of module inputs, where declared.
         base_weights: Base weights by module path, where declared.
@@ -127,7 +128,7 @@ class MergeContext:
 
     weights: Mapping[str, float]
     seed: int = 0
-    block_rows: int = 256
+    block_rows: int | None = None
     state: Any = None
     activations: Any = field(default_factory=lambda: Undeclared("activations"))
     base_weights: Any = field(default_factory=lambda: Undeclared("base_weights"))
@@ -135,7 +136,7 @@ class MergeContext:
     def __post_init__(self) -> None:
         ordered = {name: float(self.weights[name]) for name in sorted(self.weights)}
         object.__setattr__(self, "weights", MappingProxyType(ordered))
-        if self.block_rows < 1:
+        if self.block_rows is not None and self.block_rows < 1:
             raise ConfigError(f"block_rows is {self.block_rows}, expected at least 1")
 
     @property
@@ -189,14 +190,17 @@ class OutputSize:
     Attributes:
         shared: Elements that all adapters share.
         per_adapter: Elements of all adapters' own tensors together.
+        packed_bytes: Bytes of codes and masks, which are stored as they are whatever the dtype of
+            the elements; not counted among them.
     """
 
     shared: int
     per_adapter: int = 0
+    packed_bytes: int = 0
 
     @property
     def total(self) -> int:
-        """All elements."""
+        """All elements, packed bytes not counted."""
         return self.shared + self.per_adapter
 
 
