@@ -48,6 +48,7 @@ LAYERS = (
     ("stack", "store"),
     ("merger",),
     ("elementwise", "registry"),
+    ("linear",),
     ("recipe", "chunking"),
     ("plan",),
     ("execution",),

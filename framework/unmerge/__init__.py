@@ -1,9 +1,18 @@
 """Merge LoRA adapters, reversibly: public names of the framework."""
 
 from unmerge.adapter import Adapter, Factors
-from unmerge.elementwise import Block, Blocks, ElementwiseMerger
+from unmerge.elementwise import (
+    Block,
+    Blocks,
+    ElementwiseMerger,
+    InnerRule,
+    Matrices,
+    PartWeights,
+    module_matrices,
+)
 from unmerge.errors import UnmergeError
 from unmerge.hookspecs import hookimpl
+from unmerge.linear import LinearMerger
 from unmerge.merger import (
     Absent,
     Capabilities,
@@ -46,12 +55,16 @@ __all__ = [
     "FactorStack",
     "Factors",
     "FactorsEncoding",
+    "InnerRule",
+    "LinearMerger",
     "MaskedDeltaEncoding",
+    "Matrices",
     "MergeContext",
     "MergePipeline",
     "Merger",
     "ModuleShape",
     "OutputSize",
+    "PartWeights",
     "Passes",
     "Plan",
     "QuantisedMatrix",
@@ -65,5 +78,6 @@ __all__ = [
     "default_registry",
     "get_plugin_manager",
     "hookimpl",
+    "module_matrices",
     "read_adapter",
 ]

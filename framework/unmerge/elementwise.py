@@ -2,27 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
 from unmerge.adapter import Factors
 from unmerge.errors import CapabilityError, IncompatibleAdaptersError
 from unmerge.kernels.counter import counter_uniform, stream_key
-from unmerge.kernels.lowrank import delta_rows
+from unmerge.kernels.lowrank import TILE_ROWS, delta_rows
 from unmerge.merger import Capabilities, MergeContext, Merger, OutputSize, Passes
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge_bundle.encodings import DeltaEncoding, Encoding, FactorsEncoding
 
-__all__ = ["Block", "Blocks", "ElementwiseMerger", "Part", "Space"]
+__all__ = [
+    "Block",
+    "Blocks",
+    "ElementwiseMerger",
+    "InnerRule",
+    "Matrices",
+    "PartWeights",
+    "Space",
+    "module_matrices",
+]
 
 Space = Literal["delta", "factors"]
-Part = Literal["delta", "A", "B"]
+
+# A block that stays near the cache: its values are gone over several times.
+_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PartWeights:
+    """The adapters' weights as one matrix of a module takes them.
+
+    A delta takes the weights as they are. Of two factors each takes the square root, and A the
+    sign, so that their product carries the weight once, as in PEFT's factor-space rules.
+
+    Attributes:
+        values: One per adapter that has the module.
+        total: Sum over all adapters of the merge, those that lack the module too.
+        part: Which matrix: "A", "B", or the space's own name.
+        module: Module path, for errors.
+    """
+
+    values: tuple[float, ...]
+    total: float
+    part: str
+    module: str
+
+    @classmethod
+    def of(
+        cls, module: str, adapters: tuple[str, ...], part: str, context: MergeContext
+    ) -> PartWeights:
+        """Return the weights of `adapters`, as `part` takes them."""
+        values = tuple(_shared_out(w, part) for w in context.weights_of(adapters))
+        total = sum(_shared_out(w, part) for w in context.weights.values())
+        return cls(values=values, total=total, part=part, module=module)
+
+    def scale(self, value: float) -> float:
+        """Return a factor of the whole result, as this matrix takes it."""
+        return _shared_out(value, self.part)
+
+
+def _shared_out(value: float, part: str) -> float:
+    if part == "A":
+        return math.copysign(math.sqrt(abs(value)), value)
+    return math.sqrt(abs(value)) if part == "B" else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +82,36 @@ class Block:
 
     Attributes:
         values: `(N, rows, cols)`, float32 or wider; not to be written to.
-        weights: `(N,)` float64, on the device of `values`.
+        part_weights: The weights as this matrix takes them; see `weights`.
         adapters: The N adapter names, sorted.
         module: Module path.
-        part: Which matrix: the "delta", or in `factors` space "A" or "B".
+        part: Which matrix: "A" or "B" in `factors` space, elsewhere the name of the space.
         row: Index of the first row in the whole matrix.
         shape: `(rows, cols)` of the whole matrix.
-        space: The space the rule runs in.
+        space: The space the rule runs in: "delta", "factors", or a wrapper's own.
         seed: Key of the merge's randomness.
     """
 
     values: torch.Tensor
-    weights: torch.Tensor
+    part_weights: PartWeights
     adapters: tuple[str, ...]
     module: str
-    part: Part
+    part: str
     row: int
     shape: tuple[int, int]
-    space: Space
+    space: str
     seed: int
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """`(N,)` float64 on the device of `values`: the weights as this matrix takes them."""
+        values = self.part_weights.values
+        return torch.tensor(values, dtype=torch.float64, device=self.values.device)
+
+    @property
+    def start(self) -> int:
+        """Row-major index of the block's first entry in the whole matrix."""
+        return self.row * self.shape[1]
 
     def uniform(self, label: str = "") -> torch.Tensor:
         """Return a uniform float64 in [0, 1) per entry, `(N, rows, cols)`.
@@ -57,12 +119,16 @@ class Block:
         A function of (seed, label, adapter, module, part, row-major entry index) alone.
         """
         rows, cols = self.values.shape[1:]
-        index = torch.arange(rows * cols, device=self.values.device) + self.row * cols
-        draws = [
-            counter_uniform(stream_key(self.seed, label, name, self.module, self.part), index)
-            for name in self.adapters
-        ]
-        return torch.stack(draws).reshape(len(self.adapters), rows, cols)
+        index = torch.arange(rows * cols, device=self.values.device) + self.start
+        draws = self.values.new_empty(len(self.adapters), rows * cols, dtype=torch.float64)
+        for n, name in enumerate(self.adapters):
+            key = stream_key(self.seed, label, name, self.module, self.part)
+            draws[n] = counter_uniform(key, index)
+        return draws.reshape(len(self.adapters), rows, cols)
+
+    def replace(self, values: torch.Tensor) -> Block:
+        """Return the block with other values, for a rule that hands it on."""
+        return dataclasses.replace(self, values=values)
 
 
 class Blocks(Iterable[Block]):
@@ -75,22 +141,91 @@ class Blocks(Iterable[Block]):
         return self._blocks()
 
 
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """One matrix per adapter, all of one shape, read by row blocks: what a rule merges.
+
+    Attributes:
+        module: Module path.
+        adapters: The N adapter names, sorted.
+        part: Which matrix of the module; see `Block.part`.
+        space: The space; see `Block.space`.
+        shape: `(rows, cols)`.
+        weights: The adapters' weights, as this matrix takes them.
+        seed: Key of the merge's randomness.
+        rows: Returns rows `start:stop` of all matrices, `(N, stop - start, cols)`; equal bits
+            for a row however it is asked for.
+    """
+
+    module: str
+    adapters: tuple[str, ...]
+    part: str
+    space: str
+    shape: tuple[int, int]
+    weights: PartWeights
+    seed: int
+    rows: Callable[[int, int], torch.Tensor]
+
+    @classmethod
+    def of(
+        cls, values: torch.Tensor, module: StackModule, space: str, context: MergeContext
+    ) -> Matrices:
+        """Return matrices that a wrapper has at hand, `values (N, rows, cols)`."""
+        return cls(
+            module=module.path,
+            adapters=module.adapters,
+            part=space,
+            space=space,
+            shape=(values.shape[1], values.shape[2]),
+            weights=PartWeights.of(module.path, module.adapters, space, context),
+            seed=context.seed,
+            rows=lambda start, stop: values[:, start:stop],
+        )
+
+    def blocks(self, height: int | None = None) -> Iterator[Block]:
+        """Yield all rows in order, `height` at a time; by default what keeps a block small."""
+        rows, cols = self.shape
+        if height is None:
+            fitting = _BLOCK_BYTES // (4 * len(self.adapters) * cols)
+            height = max(fitting // TILE_ROWS, 1) * TILE_ROWS
+        for start in range(0, rows, height):
+            yield Block(
+                values=self.rows(start, min(start + height, rows)),
+                part_weights=self.weights,
+                adapters=self.adapters,
+                module=self.module,
+                part=self.part,
+                row=start,
+                shape=self.shape,
+                space=self.space,
+                seed=self.seed,
+            )
+
+
 class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
     """A rule on one entry at a time, streamed over row blocks; never sees more than a block.
 
     `space="delta"` multiplies first and returns a `delta`; `space="factors"` applies the rule to
     A and B apart (direct merging: cross terms between adapters) and returns `factors`. There,
-    each factor carries `sqrt(scaling)`, as PEFT's factor-space rules do, and equal ranks are
-    required. Facts come from `measure`: per matrix, or once for all modules where
-    `capabilities.needs_survey` is declared.
+    each factor carries `sqrt(scaling)` and the square root of the weight, as in PEFT's rules, and
+    equal ranks are required. A wrapper runs the rule on matrices of its own. Facts come from
+    `measure`: per matrix, or once for all modules where `capabilities.needs_survey` is declared.
+
+    Class attributes:
+        bytes_per_value: Most bytes that one value of a block takes while it is measured or
+            combined, the float32 value itself included.
     """
+
+    bytes_per_value: ClassVar[int] = 24
 
     space: Space = Field(default="delta", description="where the rule is applied")
 
     @property
     def capabilities(self) -> Capabilities:
         """Deltas of any rank can be compared entry by entry; factors need one rank."""
-        return Capabilities(mixed_ranks=self.space == "delta")
+        return Capabilities(
+            mixed_ranks=self.space == "delta", gauge_invariant=self.space == "delta"
+        )
 
     def measure(self, blocks: Blocks, context: MergeContext) -> Any:  # noqa: ARG002
         """Return facts about all `blocks` (thresholds, say) for `combine`. Default: none."""
@@ -102,19 +237,63 @@ class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
 
     def survey(self, passes: Passes, context: MergeContext) -> Any:
         """Measure over the blocks of all modules, where the rule declares that it needs to."""
+        return self.survey_matrices(
+            lambda: (
+                matrices
+                for stack in passes
+                for module in stack
+                for matrices in module_matrices(module, self.space, context)
+            ),
+            context,
+        )
+
+    def survey_matrices(
+        self, passes: Callable[[], Iterable[Matrices]], context: MergeContext
+    ) -> Any:
+        """Measure over the matrices of all modules, where the rule declares that it needs to.
+
+        Args:
+            passes: Starts one pass over the matrices of all modules, at each call.
+            context: As for `measure`.
+        """
         if not self.capabilities.needs_survey:
             return None
 
         def blocks() -> Iterator[Block]:
-            for stack in passes:
-                for module in stack:
-                    yield from self._blocks(module, context)
+            for matrices in passes():
+                yield from matrices.blocks(context.block_rows)
 
         return self.measure(Blocks(blocks), context)
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         """Stream the blocks of every module through `measure` and `combine`."""
         return [self._merge_module(module, context) for module in stack]
+
+    def merge_matrices(self, matrices: Matrices, context: MergeContext) -> torch.Tensor:
+        """Return the merged matrix, `(rows, cols)`, in the dtype that `combine` returns.
+
+        What a wrapper calls to apply the rule to matrices of its own; `context.state` is what
+        `survey_matrices` returned.
+        """
+        height = context.block_rows
+        if self.capabilities.needs_survey:
+            state = context.state
+        else:
+            state = self.measure(Blocks(lambda: matrices.blocks(height)), context)
+        merged: torch.Tensor | None = None
+        for block in matrices.blocks(height):
+            rows = self.combine(block, state)
+            if rows.shape != block.values.shape[1:]:
+                raise CapabilityError(
+                    f"{self.method}.combine returned shape {tuple(rows.shape)} for a block of "
+                    f"{tuple(block.values.shape[1:])}"
+                )
+            if merged is None:
+                merged = rows.new_empty(matrices.shape)
+            merged[block.row : block.row + rows.shape[0]] = rows
+        if merged is None:
+            raise CapabilityError(f"{matrices.module}: {self.method} was given matrices of no rows")
+        return merged
 
     def check(self, shape: ModuleShape, context: MergeContext) -> None:  # noqa: ARG002
         """Refuse mixed ranks in factor space, where entries have no common meaning."""
@@ -131,73 +310,75 @@ class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
             return OutputSize(shared=shape.d_out * shape.d_in)
         return OutputSize(shared=max(shape.ranks) * (shape.d_out + shape.d_in))
 
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        """Return the bytes of a row block in work and of the merged matrix."""
+        block = max(_BLOCK_BYTES // 4, TILE_ROWS * len(shape.ranks) * shape.d_in)
+        dense = len(shape.ranks) * shape.d_out * shape.d_in
+        return self.bytes_per_value * min(block, dense) + 4 * shape.d_out * shape.d_in
+
     def _merge_module(self, module: StackModule, context: MergeContext) -> Encoding[torch.Tensor]:
         self.check(module.shape, context)
-        merged: dict[Part, torch.Tensor] = {}
-        for part in _parts(self.space):
-
-            def blocks(part: Part = part) -> Iterator[Block]:
-                return _part_blocks(module, part, self.space, context)
-
-            if self.capabilities.needs_survey:
-                state = context.state
-            else:
-                state = self.measure(Blocks(blocks), context)
-            merged[part] = torch.cat([self._checked(block, state) for block in blocks()])
+        merged = [
+            self.merge_matrices(matrices, context)
+            for matrices in module_matrices(module, self.space, context)
+        ]
         if self.space == "delta":
-            return DeltaEncoding(delta=merged["delta"])
-        return FactorsEncoding(A=merged["A"], B=merged["B"])
-
-    def _checked(self, block: Block, state: Any) -> torch.Tensor:
-        rows = self.combine(block, state)
-        if rows.shape != block.values.shape[1:]:
-            raise CapabilityError(
-                f"{self.method}.combine returned shape {tuple(rows.shape)} for a block of "
-                f"{tuple(block.values.shape[1:])}"
-            )
-        return rows
-
-    def _blocks(self, module: StackModule, context: MergeContext) -> Iterator[Block]:
-        for part in _parts(self.space):
-            yield from _part_blocks(module, part, self.space, context)
+            return DeltaEncoding(delta=merged[0])
+        return FactorsEncoding(A=merged[0], B=merged[1])
 
 
-def _parts(space: Space) -> tuple[Part, ...]:
-    return ("delta",) if space == "delta" else ("A", "B")
-
-
-def _part_blocks(
-    module: StackModule, part: Part, space: Space, context: MergeContext
-) -> Iterator[Block]:
+def module_matrices(module: StackModule, space: Space, context: MergeContext) -> list[Matrices]:
+    """Return a module's matrices in `space`: the deltas, or the factors A and B."""
     shape = module.shape
     rank = max(shape.ranks)
-    rows, cols = {
-        "delta": (shape.d_out, shape.d_in),
-        "A": (rank, shape.d_in),
-        "B": (shape.d_out, rank),
-    }[part]
-    device = module.factors[0].A.device
-    weights = torch.tensor(context.weights_of(module.adapters), dtype=torch.float64, device=device)
-    for start in range(0, rows, context.block_rows):
-        stop = min(start + context.block_rows, rows)
-        yield Block(
-            values=torch.stack([_rows(f, part, start, stop) for f in module.factors]),
-            weights=weights,
-            adapters=module.adapters,
-            module=module.path,
-            part=part,
-            row=start,
-            shape=(rows, cols),
-            space=space,
-            seed=context.seed,
+    parts = (
+        {"delta": (shape.d_out, shape.d_in)}
+        if space == "delta"
+        else {"A": (rank, shape.d_in), "B": (shape.d_out, rank)}
+    )
+
+    def rows(part: str) -> Callable[[int, int], torch.Tensor]:
+        return lambda start, stop: torch.stack(
+            [_rows(f, part, start, stop) for f in module.factors]
         )
 
+    return [
+        Matrices(
+            module=module.path,
+            adapters=module.adapters,
+            part=part,
+            space=space,
+            shape=size,
+            weights=PartWeights.of(module.path, module.adapters, part, context),
+            seed=context.seed,
+            rows=rows(part),
+        )
+        for part, size in parts.items()
+    ]
 
-def _rows(factors: Factors, part: Part, start: int, stop: int) -> torch.Tensor:
+
+def _rows(factors: Factors, part: str, start: int, stop: int) -> torch.Tensor:
     if part == "delta":
         return delta_rows(factors, start, stop)
     matrix = factors.A if part == "A" else factors.B
     rows = matrix[start:stop].to(torch.promote_types(matrix.dtype, torch.float32))
-    # A negative scaling has its sign on A, so that the product keeps it.
-    root = math.sqrt(abs(factors.scaling))
-    return rows * (-root if part == "A" and factors.scaling < 0 else root)
+    return rows * _shared_out(factors.scaling, part)
+
+
+def _without_space(rule: ElementwiseMerger) -> ElementwiseMerger:
+    if "space" in rule.model_fields_set:
+        raise ValueError(
+            f'"{rule.method}" runs in the space of the strategy around it; leave its space out'
+        )
+    return rule
+
+
+def _recipe_without_space(rule: ElementwiseMerger) -> dict[str, Any]:
+    return {key: value for key, value in rule.recipe().items() if key != "space"}
+
+
+InnerRule = Annotated[
+    ElementwiseMerger, AfterValidator(_without_space), PlainSerializer(_recipe_without_space)
+]
+"""Field type of a wrapper that runs an elementwise rule on matrices of its own: the rule or its
+recipe, without a `space`, which the wrapper decides."""

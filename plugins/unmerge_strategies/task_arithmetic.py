@@ -1,33 +1,25 @@
-"""Task arithmetic: the weighted sum of all deltas, exact in factor space."""
+"""Task arithmetic: the weighted sum of all adapters, exact in factor space."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
-from unmerge import (
-    Capabilities,
-    Encoding,
-    FactorsEncoding,
-    FactorStack,
-    MergeContext,
-    Merger,
-    ModuleShape,
-    OutputSize,
-)
-from unmerge.kernels import concatenate
+from unmerge import Absent, Capabilities, LinearMerger, Merger, PartWeights
+from unmerge.errors import ConfigError
 
 
-class TaskArithmetic(Merger, frozen=True):
+class TaskArithmetic(LinearMerger, frozen=True):
     """`Δ = λ Σ w_i Δ_i`, as one adapter of rank Σ r_i.
 
     The factors are concatenated, `B = [λ w_i s_i B_i]`, `A = [A_i]`: exact, no cross terms, no
     singular value decomposition. To get a smaller rank wrap it: `MmSvd(inner=TaskArithmetic())`.
+    `space="factors"` adds A and B apart, with `√|λ w_i s_i|` on each and the signs on A, as PEFT's
+    `linear` does: another rule, with cross terms between adapters.
 
-    Source: arXiv 2212.04089 (task arithmetic on deltas). PEFT's `linear` adds A and B apart and
-    so has cross terms between adapters; its `cat` is this.
+    Source: arXiv 2212.04089 (task arithmetic on deltas). PEFT's `cat` is this in `delta` space.
     """
 
     method: ClassVar[str] = "task_arithmetic"
@@ -35,21 +27,37 @@ class TaskArithmetic(Merger, frozen=True):
     scale: float = Field(
         default=1.0, allow_inf_nan=False, description="λ, applied to the whole sum"
     )
+    absent: Absent = Field(
+        default="zero",
+        description="an adapter that lacks a module counts there as a zero delta, or not at all: "
+        "the weights of the others are scaled up to the sum of all",
+    )
 
     @property
     def capabilities(self) -> Capabilities:
-        """Exact in factors for any ranks; doubling a weight doubles that adapter's part."""
-        return Capabilities(weight_scales_delta=True, factor_exact=True, mixed_ranks=True)
+        """As every linear rule; doubling a weight doubles that adapter's part of a delta."""
+        return replace(
+            super().capabilities,
+            weight_scales_delta=self.space == "delta" and self.absent == "zero",
+        )
 
-    def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
-        """Concatenate the factors of every module. O((d_out + d_in) Σ r_i) each."""
-        encodings: list[Encoding[torch.Tensor]] = []
-        for module in stack:
-            weights = context.weights_of(module.adapters)
-            A, B = concatenate(module.factors, [self.scale * w for w in weights])
-            encodings.append(FactorsEncoding(A=A, B=B))
-        return encodings
+    def coefficients(self, weights: PartWeights) -> list[float]:
+        """Return `λ w_i`.
 
-    def predict(self, shape: ModuleShape) -> OutputSize:
-        """Return the elements of one adapter of rank Σ r_i."""
-        return OutputSize(shared=shape.elements)
+        Raises:
+            ConfigError: To be renormalised, and the weights sum to zero.
+        """
+        scale = weights.scale(self.scale)
+        present = sum(weights.values)
+        if self.absent == "renormalise" and present != weights.total:
+            if abs(present) <= 1e-12 * sum(abs(w) for w in weights.values):
+                raise ConfigError(
+                    f"{weights.module}: the weights of the adapters that have it sum to 0 and "
+                    "cannot be renormalised; use absent=zero"
+                )
+            scale *= weights.total / present
+        return [scale * w for w in weights.values]
+
+    def lossless(self) -> Merger:
+        """Return it with λ = 1."""
+        return self.model_copy(update={"scale": 1.0})

@@ -27,7 +27,7 @@ from stacks import (
     stored_elements,
 )
 from unmerge.adapter import Factors
-from unmerge.elementwise import Block, Blocks, ElementwiseMerger
+from unmerge.elementwise import Block, Blocks, ElementwiseMerger, PartWeights
 from unmerge.errors import CapabilityError, ConfigError, IncompatibleAdaptersError
 from unmerge.kernels import stream_key
 from unmerge.merger import Capabilities, MergeContext, Passes
@@ -121,15 +121,23 @@ def matrices(case: Case, path: str, part: str) -> Arrays:
     return result
 
 
+def weight(case: Case, name: str, part: str) -> float:
+    """Return a weight as the matrix takes it: of two factors each takes the root, A the sign."""
+    w = case.weight(name)
+    return float({"delta": w, "A": np.sign(w) * np.sqrt(abs(w)), "B": np.sqrt(abs(w))}[part])
+
+
 def dense_sum(case: Case, path: str, part: str) -> oracles.Matrix:
-    return np.asarray(sum(case.weight(name) * x for name, x in matrices(case, path, part).items()))
+    return np.asarray(
+        sum(weight(case, name, part) * x for name, x in matrices(case, path, part).items())
+    )
 
 
 def dense_trim(case: Case, path: str, part: str) -> oracles.Matrix:
     total = np.zeros(1)
     for name, x in matrices(case, path, part).items():
         kept = np.abs(x) >= 0.5 * np.abs(x).max()
-        total = total + case.weight(name) * x * kept / kept.sum()
+        total = total + weight(case, name, part) * x * kept / kept.sum()
     return total
 
 
@@ -143,7 +151,7 @@ def dense_global_max(case: Case, path: str, part: str) -> oracles.Matrix:
             if name in having
             for q in parts
         ]
-        total = total + case.weight(name) * x / (max(everywhere) or 1.0)
+        total = total + weight(case, name, part) * x / (max(everywhere) or 1.0)
     return total
 
 
@@ -152,7 +160,7 @@ def dense_drop(case: Case, path: str, part: str) -> oracles.Matrix:
     for name, x in matrices(case, path, part).items():
         key = stream_key(11, "drop", name, path, part)
         draws = np.array([(b >> 11) / 2**53 for b in oracles.splitmix64(key, x.size)])
-        total = total + case.weight(name) * x * (draws.reshape(x.shape) < 0.4) / 0.4
+        total = total + weight(case, name, part) * x * (draws.reshape(x.shape) < 0.4) / 0.4
     return total
 
 
@@ -291,7 +299,8 @@ class Recorder(ElementwiseMerger, frozen=True):
         assert block.adapters == ("a", "b")
         assert block.module == "layer.0"
         assert block.weights.dtype == torch.float64
-        assert block.weights.tolist() == [2.0, -1.0]
+        roots = {"delta": [2.0, -1.0], "A": [2**0.5, -1.0], "B": [2**0.5, 1.0]}
+        assert block.weights.tolist() == roots[block.part]
         assert block.space == self.space
         assert block.seed == 5
         rows, cols = {"delta": (14, 11), "A": (4, 11), "B": (14, 4)}[block.part]
@@ -336,7 +345,7 @@ def test_draws_differ_by_seed_label_adapter_module_and_part() -> None:
     def block(**changes: Any) -> torch.Tensor:
         fields: dict[str, Any] = {
             "values": torch.zeros(1, 3, 4),
-            "weights": torch.ones(1),
+            "part_weights": PartWeights(values=(1.0,), total=1.0, part="delta", module="m"),
             "adapters": ("a",),
             "module": "m",
             "part": "delta",

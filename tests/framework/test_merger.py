@@ -72,7 +72,7 @@ def test_a_nested_recipe_keeps_the_method_and_the_fields_of_inner() -> None:
     assert merger.recipe() == {
         "method": "mm_svd",
         "rank": 2,
-        "inner": {"method": "average", "absent": "renormalise"},
+        "inner": {"method": "average", "space": "delta", "absent": "renormalise"},
         "split": "A",
     }
     assert merger.model_dump() == merger.recipe()

@@ -1,0 +1,179 @@
+"""Exact selection of the largest magnitudes of a stream, in bounded memory and without sorting.
+
+The bits of a float's magnitude, read as an integer, are ordered as the magnitudes are. So the k-th
+largest is found by counting: one pass counts the values by their leading bits, the next counts
+those that share the leading bits of the k-th largest by the bits that follow. Two passes give it
+exactly for float32, four for float64, whatever the number of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+
+Entries: TypeAlias = tuple[str, int, Mapping[str, torch.Tensor]]
+"""Consecutive entries of one matrix: its key, the row-major index of the first, values by name."""
+
+Pass: TypeAlias = Callable[[], Iterable[Entries]]
+
+# Bits below the present ones, per level; a level counts in at most 2¹⁶ bins.
+_LEVELS = {torch.float32: (16, 0), torch.float64: (48, 32, 16, 0)}
+_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Which of one name's values are kept.
+
+    Attributes:
+        threshold: Larger magnitudes are kept, smaller ones are not.
+        last: Of magnitudes equal to the threshold, those up to this row-major index are kept, by
+            the key of the matrix; all of them in matrices that are not listed.
+    """
+
+    threshold: float
+    last: Mapping[str, int] = field(default_factory=dict)
+
+    def keep(self, key: str, start: int, values: torch.Tensor) -> torch.Tensor:
+        """Return a bool per entry of `values`, which begin at index `start` of matrix `key`."""
+        magnitude = values.abs()
+        last = self.last.get(key)
+        if last is None:
+            return magnitude >= self.threshold
+        index = torch.arange(start, start + values.numel(), device=values.device)
+        early = (index <= last).reshape(values.shape)
+        return (magnitude > self.threshold) | ((magnitude == self.threshold) & early)
+
+
+KEEP_ALL = Cut(threshold=0.0)
+KEEP_NONE = Cut(threshold=float("inf"))
+
+
+def largest_magnitudes(start_pass: Pass, density: float) -> dict[str, Cut]:
+    """Return, per name, the cut that keeps exactly `⌊density · count⌋` of its values.
+
+    Args:
+        start_pass: Starts a pass over all values, finite floats; equal entries at every call.
+            The entries of one matrix come in ascending order of index; matrices in any order.
+        density: Fraction kept, in (0, 1].
+
+    Returns:
+        A cut per name. Of values equal to the threshold the first are kept, in the order of the
+        matrices' keys and of their row-major index, whatever order they came in. A threshold of 0
+        keeps every value: which zeros are kept makes no difference.
+
+    Complexity: two counting passes for float32, four for float64; up to two more where only some
+        of the values at the threshold are kept. Memory: 2¹⁶ counters a name.
+    Source: radix selection; `k = ⌊density · count⌋` as in PEFT and mergekit (KnOTS keeps k + 1).
+    """
+    if density == 1:
+        return {name: KEEP_ALL for _, _, values in start_pass() for name in values}
+    selections: dict[str, _Selection] = {}
+    for _, _, values in start_pass():
+        for name, entries in values.items():
+            selections.setdefault(name, _Selection(entries.dtype)).count(entries)
+    for selection in selections.values():
+        selection.descend(int(density * selection.total))
+    while any(selection.open for selection in selections.values()):
+        for _, _, values in start_pass():
+            for name, entries in values.items():
+                if selections[name].open:
+                    selections[name].count(entries)
+        for selection in selections.values():
+            if selection.open:
+                selection.descend(selection.wanted)
+    last = _cut_ties(start_pass, {n: s for n, s in selections.items() if s.surplus})
+    return {
+        name: Cut(threshold=selection.threshold, last=last.get(name, {}))
+        for name, selection in selections.items()
+    }
+
+
+class _Selection:
+    """The search for one name's k-th largest magnitude, one level of bits after the other."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._levels = _LEVELS[dtype]
+        self._level = 0
+        self._prefix = 0  # the bits of the k-th largest above the present level's
+        self._counts: torch.Tensor | None = None
+        self.total = 0
+        self.wanted = 0  # how many of the values with this prefix are among the k largest
+        self.surplus = 0  # how many values at the threshold are too many
+        self.threshold = 0.0
+        self.open = True
+
+    def count(self, entries: torch.Tensor) -> None:
+        """Count the entries that share the prefix by their bits on the present level."""
+        shift = self._levels[self._level]
+        bits = entries.reshape(-1).abs().view(_INTEGER[self._dtype])
+        if self._level == 0:
+            self.total += bits.numel()
+            digits = bits >> shift
+        else:
+            above = self._levels[self._level - 1]
+            bits = bits[(bits >> above) == self._prefix]
+            digits = (bits >> shift) & ((1 << (above - shift)) - 1)
+        counts = torch.bincount(digits, minlength=1 << 16)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def descend(self, wanted: int) -> None:
+        """Take the digit at which the values counted from the largest reach `wanted`."""
+        if wanted == 0:
+            self.threshold, self.open = float("inf"), False
+            return
+        assert self._counts is not None
+        reached = self._counts.flip(0).cumsum(0)  # values with this digit or a larger one
+        place = int(torch.searchsorted(reached, wanted))
+        digit = len(reached) - 1 - place
+        equal = int(self._counts[digit])
+        self.wanted = wanted - (int(reached[place]) - equal)
+        above = self._levels[self._level - 1] if self._level else self._levels[0]
+        width = above - self._levels[self._level]
+        self._prefix = digit if self._level == 0 else (self._prefix << width) | digit
+        self._counts = None
+        self._level += 1
+        if self._level == len(self._levels):
+            bits = torch.tensor(self._prefix, dtype=_INTEGER[self._dtype])
+            self.threshold = float(bits.view(self._dtype))
+            self.surplus = equal - self.wanted if self.threshold > 0 else 0
+            self.open = False
+
+
+def _cut_ties(start_pass: Pass, selections: Mapping[str, _Selection]) -> dict[str, dict[str, int]]:
+    """Return the index of the last value kept at the threshold, by name and matrix."""
+    if not selections:
+        return {}
+    counts: dict[str, dict[str, int]] = {name: {} for name in selections}
+    for key, _, values in start_pass():
+        for name in values.keys() & selections.keys():
+            equal = int((values[name].abs() == selections[name].threshold).sum())
+            counts[name][key] = counts[name].get(key, 0) + equal
+    last: dict[str, dict[str, int]] = {}
+    # Per name, the one matrix in which some are kept and some are not, and how many are.
+    divided: dict[tuple[str, str], int] = {}
+    for name, by_key in counts.items():
+        left = selections[name].wanted
+        last[name] = {}
+        for key in sorted(by_key):
+            if 0 < left < by_key[key]:
+                divided[name, key] = left
+            elif left <= 0:
+                last[name][key] = -1
+            left -= by_key[key]
+    seen = dict.fromkeys(divided, 0)
+    for key, start, values in start_pass() if divided else ():
+        for name in values.keys() & selections.keys():
+            if (name, key) not in divided:
+                continue
+            at_threshold = values[name].reshape(-1).abs() == selections[name].threshold
+            places = at_threshold.nonzero()[:, 0]
+            missing = divided[name, key] - seen[name, key]
+            seen[name, key] += len(places)
+            if 0 < missing <= len(places):
+                last[name][key] = start + int(places[missing - 1])
+    return last
