@@ -114,20 +114,34 @@ def svd_of_product(B: torch.Tensor, A: torch.Tensor, rank: int) -> ProductSvd:
     Source: "LoRA Merging with SVD" (ICML 2025 R2-FM workshop), section 3.4, in factor space.
     """
     left, right = orthonormal_core(B), orthonormal_core(A.T)
-    core = left.core @ right.core.T
+    return svd_of_core(left, left.core @ right.core.T, right, rank)
+
+
+def svd_of_core(left: CoreBasis, core: torch.Tensor, right: CoreBasis, rank: int) -> ProductSvd:
+    """Return the best rank-`rank` approximation of `Q_left @ core @ Q_rightᵀ` in SVD form.
+
+    Args:
+        left: Basis of the output side, with `k_left` columns.
+        core: `(k_left, k_right)`, float64.
+        right: Basis of the input side, with `k_right` columns.
+        rank: Rank kept, ≥ 1; more than min(k_left, k_right) keeps that many.
+
+    Raises:
+        NonFiniteError: The core is not finite.
+    """
     if not bool(torch.isfinite(core).all()):
         raise NonFiniteError("the sum of the deltas is not finite; check weights and scalings")
     U, S, Vh = torch.linalg.svd(core, full_matrices=False)
     kept = min(rank, S.shape[0])
     U_full = left.apply(U[:, :kept])
     Vh_full = right.apply(Vh[:kept].T).T
-    signs = _column_signs(U_full)
+    signs = column_signs(U_full)
     return ProductSvd(
         U=U_full * signs, S=S[:kept], Vh=(signs[:, None] * Vh_full).contiguous(), spectrum=S
     )
 
 
-def _column_signs(matrix: torch.Tensor) -> torch.Tensor:
+def column_signs(matrix: torch.Tensor) -> torch.Tensor:
     """Return ±1 per column: the sign of its entry of largest magnitude (+1 for a zero column)."""
     if matrix.shape[0] == 0 or matrix.shape[1] == 0:
         return matrix.new_ones(matrix.shape[1])
