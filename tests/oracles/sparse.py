@@ -109,8 +109,7 @@ def ties(
             values, divisor = [], 0.0
             for name in sorted(tensor):
                 value = float(tensor[name][entry])
-                cast = weight[name] * value if weigh_votes else value
-                if elected * cast > 0:
+                if elected * value * (weight[name] if weigh_votes else 1.0) > 0:
                     values.append(weight[name] * value)
                     divisor += weight[name] if weigh_votes else 1.0
             if not values:
