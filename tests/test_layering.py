@@ -48,16 +48,17 @@ LAYERS = (
     ("stack", "store"),
     ("merger",),
     ("elementwise", "registry"),
-    ("linear",),
+    ("linear", "trimming"),
     ("recipe", "chunking"),
     ("plan",),
     ("execution",),
     ("pipeline",),
+    ("diagnostics",),
     ("demo",),
     ("cli",),
 )
-LAZY_ONLY = {"transformers", "peft"}
-MAY_BE_LAZY = {"demo.py"}
+LAZY_ONLY = {"transformers", "peft", "matplotlib"}
+MAY_BE_LAZY = {"demo.py", "plot.py"}
 
 
 def sources(package: str) -> list[Path]:

@@ -8,6 +8,7 @@ from unmerge.elementwise import (
     InnerRule,
     Matrices,
     PartWeights,
+    SignEquivariantRule,
     module_matrices,
 )
 from unmerge.errors import UnmergeError
@@ -29,6 +30,7 @@ from unmerge.recipe import Recipe
 from unmerge.registry import Registry, default_registry, get_plugin_manager
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge.store import AdapterStore
+from unmerge.trimming import Scope, TrimmingMerger
 from unmerge_bundle.encodings import (
     AdapterFactorsEncoding,
     AffineBasisEncoding,
@@ -72,8 +74,11 @@ __all__ = [
     "Registry",
     "ReversibleMerger",
     "RunReport",
+    "Scope",
     "SharedFactorsEncoding",
+    "SignEquivariantRule",
     "StackModule",
+    "TrimmingMerger",
     "UnmergeError",
     "default_registry",
     "get_plugin_manager",

@@ -13,10 +13,10 @@ import torch
 from pydantic import AfterValidator, Field, PlainSerializer
 
 from unmerge.adapter import Factors
-from unmerge.errors import CapabilityError, IncompatibleAdaptersError
+from unmerge.errors import CapabilityError, ConfigError, IncompatibleAdaptersError
 from unmerge.kernels.counter import counter_uniform, stream_key
 from unmerge.kernels.lowrank import TILE_ROWS, delta_rows
-from unmerge.merger import Capabilities, MergeContext, Merger, OutputSize, Passes
+from unmerge.merger import Absent, Capabilities, MergeContext, Merger, OutputSize, Passes
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge_bundle.encodings import DeltaEncoding, Encoding, FactorsEncoding
 
@@ -27,6 +27,7 @@ __all__ = [
     "InnerRule",
     "Matrices",
     "PartWeights",
+    "SignEquivariantRule",
     "Space",
     "module_matrices",
 ]
@@ -68,6 +69,26 @@ class PartWeights:
     def scale(self, value: float) -> float:
         """Return a factor of the whole result, as this matrix takes it."""
         return _shared_out(value, self.part)
+
+    def renormalisation(self, absent: Absent) -> float:
+        """Return what a weighted sum is multiplied with so that it counts as `absent` says.
+
+        1 where adapters that lack the module count as zero deltas; where they do not count, what
+        brings the others' weights to the sum of all.
+
+        Raises:
+            ConfigError: They are not to count, and the others' weights sum to 0.
+        """
+        present = sum(self.values)
+        if absent == "zero" or present == self.total:
+            return 1.0
+        # Relative: weights such as 0.1, 0.2, -0.3 sum to rounding noise, not to 0.
+        if abs(present) <= 1e-12 * sum(abs(w) for w in self.values):
+            raise ConfigError(
+                f"{self.module}: the weights of the adapters that have it sum to 0 and cannot be "
+                "renormalised; use absent=zero"
+            )
+        return self.total / present
 
 
 def _shared_out(value: float, part: str) -> float:
@@ -337,10 +358,16 @@ def module_matrices(module: StackModule, space: Space, context: MergeContext) ->
         else {"A": (rank, shape.d_in), "B": (shape.d_out, rank)}
     )
 
-    def rows(part: str) -> Callable[[int, int], torch.Tensor]:
-        return lambda start, stop: torch.stack(
-            [_rows(f, part, start, stop) for f in module.factors]
-        )
+    def rows(part: str, cols: int) -> Callable[[int, int], torch.Tensor]:
+        def read(start: int, stop: int) -> torch.Tensor:
+            first = module.factors[0].A
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            values = first.new_empty(len(module.factors), stop - start, cols, dtype=dtype)
+            for factors, out in zip(module.factors, values, strict=True):
+                _read_rows(factors, part, start, stop, out)
+            return values
+
+        return read
 
     return [
         Matrices(
@@ -351,18 +378,18 @@ def module_matrices(module: StackModule, space: Space, context: MergeContext) ->
             shape=size,
             weights=PartWeights.of(module.path, module.adapters, part, context),
             seed=context.seed,
-            rows=rows(part),
+            rows=rows(part, size[1]),
         )
         for part, size in parts.items()
     ]
 
 
-def _rows(factors: Factors, part: str, start: int, stop: int) -> torch.Tensor:
+def _read_rows(factors: Factors, part: str, start: int, stop: int, out: torch.Tensor) -> None:
     if part == "delta":
-        return delta_rows(factors, start, stop)
-    matrix = factors.A if part == "A" else factors.B
-    rows = matrix[start:stop].to(torch.promote_types(matrix.dtype, torch.float32))
-    return rows * _shared_out(factors.scaling, part)
+        delta_rows(factors, start, stop, out=out)
+    else:
+        matrix = factors.A if part == "A" else factors.B
+        out.copy_(matrix[start:stop]).mul_(_shared_out(factors.scaling, part))
 
 
 def _without_space(rule: ElementwiseMerger) -> ElementwiseMerger:
@@ -377,8 +404,20 @@ def _recipe_without_space(rule: ElementwiseMerger) -> dict[str, Any]:
     return {key: value for key, value in rule.recipe().items() if key != "space"}
 
 
+def _turns_with_signs(rule: ElementwiseMerger) -> ElementwiseMerger:
+    if not rule.capabilities.sign_equivariant:
+        raise ValueError(
+            f'"{rule.method}" with these fields does not turn with the signs of its input, which '
+            "are arbitrary in a singular basis; with ties use zero_vote=drop"
+        )
+    return rule
+
+
 InnerRule = Annotated[
     ElementwiseMerger, AfterValidator(_without_space), PlainSerializer(_recipe_without_space)
 ]
 """Field type of a wrapper that runs an elementwise rule on matrices of its own: the rule or its
 recipe, without a `space`, which the wrapper decides."""
+
+SignEquivariantRule = Annotated[InnerRule, AfterValidator(_turns_with_signs)]
+"""An `InnerRule` for a basis whose signs are arbitrary: it must declare `sign_equivariant`."""

@@ -192,11 +192,13 @@ class OutputSize:
         per_adapter: Elements of all adapters' own tensors together.
         packed_bytes: Bytes of codes and masks, which are stored as they are whatever the dtype of
             the elements; not counted among them.
+        at_most: The data decide, and these are the most that there can be.
     """
 
     shared: int
     per_adapter: int = 0
     packed_bytes: int = 0
+    at_most: bool = False
 
     @property
     def total(self) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+import unmerge_strategies
 from unmerge import Merger, hookimpl
-from unmerge_strategies.average import Average
-from unmerge_strategies.mm_svd import MmSvd
-from unmerge_strategies.rmm import Rmm
-from unmerge_strategies.task_arithmetic import TaskArithmetic
 
 
 @hookimpl
 def unmerge_mergers() -> list[type[Merger]]:
     """Return the built-in strategies."""
-    return [Average, MmSvd, Rmm, TaskArithmetic]
+    return [getattr(unmerge_strategies, name) for name in unmerge_strategies.__all__]

@@ -8,7 +8,6 @@ from typing import ClassVar
 from pydantic import Field
 
 from unmerge import Absent, Capabilities, LinearMerger, Merger, PartWeights
-from unmerge.errors import ConfigError
 
 
 class TaskArithmetic(LinearMerger, frozen=True):
@@ -47,15 +46,7 @@ class TaskArithmetic(LinearMerger, frozen=True):
         Raises:
             ConfigError: To be renormalised, and the weights sum to zero.
         """
-        scale = weights.scale(self.scale)
-        present = sum(weights.values)
-        if self.absent == "renormalise" and present != weights.total:
-            if abs(present) <= 1e-12 * sum(abs(w) for w in weights.values):
-                raise ConfigError(
-                    f"{weights.module}: the weights of the adapters that have it sum to 0 and "
-                    "cannot be renormalised; use absent=zero"
-                )
-            scale *= weights.total / present
+        scale = weights.scale(self.scale) * weights.renormalisation(self.absent)
         return [scale * w for w in weights.values]
 
     def lossless(self) -> Merger:

@@ -1,7 +1,10 @@
 """Pure functions on tensors that strategies share: no I/O, no device, no global randomness."""
 
+from unmerge.kernels.alignment import SharedBasis, shared_basis
+from unmerge.kernels.bits import pack_bits, unpack_bits
 from unmerge.kernels.counter import counter_uniform, stream_key
 from unmerge.kernels.lowrank import (
+    TILE_ROWS,
     CoreBasis,
     ProductSvd,
     concatenate,
@@ -9,17 +12,27 @@ from unmerge.kernels.lowrank import (
     orthonormal_core,
     svd_of_product,
 )
+from unmerge.kernels.signs import elected_signs
+from unmerge.kernels.sparsify import Cut, largest_magnitudes
 from unmerge.kernels.subspace import AffineBasis, affine_basis
 
 __all__ = [
+    "TILE_ROWS",
     "AffineBasis",
     "CoreBasis",
+    "Cut",
     "ProductSvd",
+    "SharedBasis",
     "affine_basis",
     "concatenate",
     "counter_uniform",
     "delta_rows",
+    "elected_signs",
+    "largest_magnitudes",
     "orthonormal_core",
+    "pack_bits",
+    "shared_basis",
     "stream_key",
     "svd_of_product",
+    "unpack_bits",
 ]

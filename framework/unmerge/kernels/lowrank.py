@@ -183,14 +183,28 @@ def _exponent(matrix: torch.Tensor) -> int:
     return math.frexp(float(matrix.abs().max()))[1] if matrix.numel() else 0
 
 
-def delta_rows(factors: Factors, start: int, stop: int) -> torch.Tensor:
+def delta_rows(
+    factors: Factors, start: int, stop: int, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return rows `start:stop` of the delta, `(stop - start, d_in)`, in float32 or wider.
 
     Computed in a fixed grid of `TILE_ROWS` rows: equal bits for every way of asking.
+
+    Args:
+        factors: One adapter's factors.
+        start: First row.
+        stop: Row after the last, at most d_out.
+        out: Contiguous tensor of that shape and dtype that takes the result.
     """
     dtype = torch.promote_types(factors.A.dtype, torch.float32)
     A, B = factors.A.to(dtype), factors.B.to(dtype)
-    first = start // TILE_ROWS * TILE_ROWS
-    tiles = [B[row : row + TILE_ROWS] @ A for row in range(first, max(stop, first + 1), TILE_ROWS)]
-    rows = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-    return rows[start - first : stop - first] * factors.scaling
+    if out is None:
+        out = A.new_empty(stop - start, factors.d_in)
+    for tile in range(start // TILE_ROWS * TILE_ROWS, stop, TILE_ROWS):
+        last = min(tile + TILE_ROWS, factors.d_out)
+        if tile >= start and last <= stop:
+            torch.mm(B[tile:last], A, out=out[tile - start : last - start])
+        else:
+            first, end = max(tile, start), min(last, stop)
+            out[first - start : end - start] = (B[tile:last] @ A)[first - tile : end - tile]
+    return out.mul_(factors.scaling)
