@@ -88,7 +88,7 @@ def ties(
     Weights enter after the election, as in PEFT: `λ / #agree · Σ_{agree} w_i τ_i`; `weigh_votes`
     elects on `w_i τ_i` and divides by `Σ_{agree} w_i`, as mergekit does. An entry whose vote is 0
     keeps nothing (the paper's `sgn(0)`), the positive values (PEFT, mergekit), or those of the sign
-    that won most entries of the scope (KnOTS, FusionBench).
+    that won most entries of the scope, the negative ones if none did (KnOTS, FusionBench).
     """
     trimmed = trim(tensors, density)
     votes = []
@@ -99,7 +99,9 @@ def ties(
             total += np.sign(cast) if vote == "count" else cast
         votes.append(total)
     majority = np.sign(sum(float(np.sign(total).sum()) for total in votes))
-    winner_of_a_draw = {"drop": 0.0, "positive": 1.0, "majority": float(majority)}[zero_vote]
+    winner_of_a_draw = {"drop": 0.0, "positive": 1.0, "majority": float(majority) or -1.0}[
+        zero_vote
+    ]
 
     merged = []
     for tensor, weight, total in zip(trimmed, weights, votes, strict=True):
@@ -137,7 +139,7 @@ def contested(
 
     `tolerance` is relative to the largest magnitude of an adapter's task vector. A trim is
     contested where an entry within it lies on the other side of the cut; a vote by value where its
-    total is within it. An adapter that is zero throughout contests nothing.
+    total is within it. Exact zeros contest nothing.
     """
     doubtful = {}
     for name in _names(tensors):
@@ -148,24 +150,26 @@ def contested(
         doubtful[name] = np.zeros(vector.shape)
         if 0 < count < vector.size and margin > 0:
             descending = np.sort(vector)[::-1]
-            doubtful[name] = np.where(
+            near_the_cut = np.where(
                 kept,
                 vector <= descending[count] + margin,
                 vector >= descending[count - 1] - margin,
-            ).astype(np.float64)
+            )
+            # Kept or not, an exact zero adds nothing.
+            doubtful[name] = (near_the_cut & (vector > 0)).astype(np.float64)
     in_doubt = _scatter(doubtful, tensors)
     masks = []
     for tensor, weight, doubt in zip(trim(tensors, density), weights, in_doubt, strict=True):
         mask = np.zeros(next(iter(tensor.values())).shape, dtype=bool)
-        total, spread = np.zeros(mask.shape), np.zeros(mask.shape)
+        total, spread, voted = np.zeros(mask.shape), np.zeros(mask.shape), mask.copy()
         for name in sorted(tensor):
             mask |= doubt[name] > 0
             share = weight[name] if weigh_votes else 1.0
             total += share * tensor[name]
             spread += tolerance * abs(share) * np.abs(tensor[name]).max(initial=0.0)
+            voted |= share * tensor[name] != 0
         if vote == "value":
-            present = sum(np.abs(tensor[name]) for name in sorted(tensor)) > 0
-            mask |= present & (np.abs(total) <= spread)
+            mask |= voted & (np.abs(total) <= spread)
         masks.append(mask)
     return masks
 

@@ -125,6 +125,10 @@ def test_ties_zero_votes() -> None:
     both = [*TIES_INPUT, rows(a=[-1.0, -1.0, -1.0])]
     merged, _ = oracles.ties(both, [ONES, ONES], density=1.0, zero_vote="majority")
     equal(merged, [[3, 5, -2, 0]])
+    # Won twice by each: the negative value it is.
+    both = [*TIES_INPUT, rows(a=[-1.0, -1.0])]
+    merged, _ = oracles.ties(both, [ONES, ONES], density=1.0, zero_vote="majority")
+    equal(merged, [[3, 5, -2, 0]])
 
 
 def test_ties_weights() -> None:
