@@ -16,7 +16,6 @@ from stacks import (
     ALL_CASES,
     Case,
     Result,
-    SumRule,
     collection,
     delta,
     merge,
@@ -25,13 +24,37 @@ from stacks import (
 )
 from unmerge.adapter import Factors
 from unmerge.errors import CapabilityError, NonFiniteError
-from unmerge.merger import Capabilities, MergeContext, Merger
-from unmerge.stack import FactorStack
+from unmerge.merger import Capabilities, MergeContext, Merger, OutputSize
+from unmerge.stack import FactorStack, ModuleShape
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
 from unmerge_strategies import Average, MmSvd, Rmm, TaskArithmetic
+from unmerge_strategies.truncate import Truncate
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 SPLITS: tuple[Literal["A", "B", "balanced"], ...] = ("A", "B", "balanced")
+
+
+class ClippedSum(Merger, frozen=True):
+    """`Σ w_i Δ_i` with its entries clipped to ± their mean magnitude: dense, of full rank."""
+
+    method = "test.clipped"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(mixed_ranks=True)
+
+    def predict(self, shape: ModuleShape) -> OutputSize:
+        return OutputSize(shared=shape.d_out * shape.d_in)
+
+    def merge(self, stack: FactorStack, context: MergeContext) -> list[Result]:
+        merged: list[Result] = []
+        for module in stack:
+            weights = context.weights_of(module.adapters)
+            pairs = zip(module.factors, weights, strict=True)
+            total = torch.stack([w * f.scaling * (f.B @ f.A) for f, w in pairs]).sum(0)
+            bound = float(total.abs().mean())
+            merged.append(DeltaEncoding(delta=total.clamp(-bound, bound), facts={"clipped": 3.0}))
+        return merged
 
 
 def factors(encoding: Result) -> tuple[oracles.Matrix, oracles.Matrix]:
@@ -193,10 +216,122 @@ def test_inner_is_a_recipe_or_an_object() -> None:
     assert MmSvd().inner == TaskArithmetic()
 
 
-@pytest.mark.parametrize("inner", [Rmm(), SumRule(), MmSvd()], ids=lambda m: m.method)
-def test_an_inner_rule_that_is_not_exact_in_factors_is_refused(inner: Merger) -> None:
-    with pytest.raises(ValidationError, match=f'"{inner.method}" is not exact in factors'):
+@pytest.mark.parametrize("inner", [Rmm(), Truncate()], ids=lambda m: m.method)
+def test_an_inner_rule_that_restores_is_refused_by_name(inner: Merger) -> None:
+    with pytest.raises(ValidationError, match=f'"{inner.method}" restores the factors of every'):
         MmSvd(inner=inner)
+    with pytest.raises(ValidationError, match="such as task_arithmetic, average or ties"):
+        MmSvd(inner=inner)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_over_a_dense_delta_it_is_its_truncated_svd(case: Case, rank: int) -> None:
+    merged = merge(MmSvd(rank=rank, inner=ClippedSum()), case)
+    for path, encoding in merge(ClippedSum(), case).items():
+        whole = delta(encoding)
+        expected = oracles.truncated(whole, rank)
+        ours = merged[path]
+        assert relative(delta(ours), expected, scale=float(np.linalg.norm(whole))) < 1e-10
+        assert ours.facts["rank"] == min(rank, *whole.shape)
+        lost = relative(expected, whole)
+        assert ours.facts["truncation_error"] == pytest.approx(lost, abs=1e-12)
+
+
+def test_over_a_large_dense_delta_it_is_its_truncated_svd() -> None:
+    # Beyond the size up to which the kernel runs a full SVD.
+    case = collection((4, 4, 4), d_out=300, d_in=270)
+    whole = delta(merge(ClippedSum(), case)["layer.0"])
+    for dtype, tolerance in TOLERANCE.items():
+        ours = delta(merge(MmSvd(inner=ClippedSum()), case, dtype=dtype)["layer.0"])
+        assert relative(ours, oracles.truncated(whole, 4)) < tolerance
+
+
+@pytest.mark.parametrize("error", [0.5, 0.1, 1e-3, 0.0])
+@pytest.mark.parametrize("inner", [TaskArithmetic(), ClippedSum()], ids=lambda m: m.method)
+def test_an_error_bound_is_kept_with_the_fewest_ranks(inner: Merger, error: float) -> None:
+    case = collection((6, 6, 6), spectrum="decaying", d_out=25, d_in=22)
+    whole = delta(merge(inner, case)["layer.0"])
+    encoding = merge(MmSvd(error=error, inner=inner), case)["layer.0"]
+    A, _ = factors(encoding)
+    if error > 0:
+        assert A.shape[0] == oracles.rank_for_error(whole, error)
+    assert encoding.facts["rank"] == A.shape[0]
+    assert encoding.facts["truncation_error"] <= error + 1e-14
+    assert relative(delta(encoding), whole) <= error + 1e-13
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])
+@pytest.mark.parametrize("inner", [TaskArithmetic(), ClippedSum()], ids=lambda m: m.method)
+def test_an_energy_is_kept_with_the_fewest_ranks(inner: Merger, energy: float) -> None:
+    case = collection((6, 6, 6), spectrum="decaying", d_out=25, d_in=22)
+    whole = delta(merge(inner, case)["layer.0"])
+    merger = MmSvd(energy=energy, inner=inner)
+    A, _ = factors(merge(merger, case)["layer.0"])
+    assert A.shape[0] == oracles.rank_for_energy(whole, energy)
+    assert merger.predict(case.stack().module(0).shape) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"rank": 2, "energy": 0.5}, {"rank": 2, "error": 0.5}, {"energy": 0.5, "error": 0.5}],
+)
+def test_alternatives_are_refused_together(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="give at most one"):
+        MmSvd.model_validate(fields)
+
+
+def test_facts_of_the_inner_rule_are_kept() -> None:
+    case = collection((4, 4), d_out=12, d_in=9)
+    encoding = merge(MmSvd(rank=1, inner=MmSvd(rank=2, inner=ClippedSum())), case)["layer.0"]
+    inner = merge(MmSvd(rank=2, inner=ClippedSum()), case)["layer.0"]
+    assert inner.facts["clipped"] == 3.0
+    assert encoding.facts["clipped"] == 3.0
+    assert encoding.facts["rank"] == 1
+    assert encoding.facts["inner_rank"] == 2
+    assert encoding.facts["inner_truncation_error"] == inner.facts["truncation_error"]
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2, 4, 9])
+@pytest.mark.parametrize("shape", [(14, 11), (4, 4), (6, 3)])
+def test_over_a_delta_a_size_is_predicted_or_left_open(
+    rank: int | None, shape: tuple[int, int]
+) -> None:
+    case = collection((3, 3), d_out=shape[0], d_in=shape[1])
+    merger = MmSvd(rank=rank, inner=ClippedSum())
+    predicted = merger.predict(case.stack().module(0).shape)
+    stored = stored_elements(merge(merger, case)["layer.0"])
+    # A delta of 4 × 4 is as large as factors of rank 2: the elements do not tell which.
+    ambiguous = shape in ((4, 4), (6, 3)) and min(rank or 3, *shape) > 2
+    assert (predicted is None) == ambiguous
+    assert predicted is None or predicted.total == stored
+
+
+def test_claims_are_those_of_the_inner_rule() -> None:
+    assert not MmSvd(inner=ClippedSum()).capabilities.gauge_invariant
+    for inner in (TaskArithmetic(), Average()):
+        ours, theirs = MmSvd(inner=inner).capabilities, inner.capabilities
+        assert ours.gauge_invariant == theirs.gauge_invariant
+        assert ours.mixed_ranks == theirs.mixed_ranks
+    assert MmSvd(inner=ClippedSum()).lossless() is None
+
+
+def test_without_losses_one_adapter_gives_itself() -> None:
+    merger = MmSvd(rank=1, split="B", inner=_Lossless())
+    lossless = merger.lossless()
+    assert lossless == MmSvd(split="B", inner=TaskArithmetic())
+    case = collection((4,))
+    [part] = case.parts("layer.0")
+    assert relative(delta(merge(lossless, case)["layer.0"]), oracles.dense(part)) < 1e-13
+
+
+class _Lossless(TaskArithmetic, frozen=True):
+    """Task arithmetic that names its lossless settings."""
+
+    method = "test.lossless"
+
+    def lossless(self) -> Merger:
+        return TaskArithmetic()
 
 
 @pytest.mark.parametrize(
@@ -216,20 +351,20 @@ def test_a_wrong_field_is_refused(fields: dict[str, Any], where: str) -> None:
 
 
 class _Liar(Merger, frozen=True):
-    """Declares factors, returns a delta."""
+    """Declares one merged result, returns what restores every adapter."""
 
     method = "test.liar"
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(factor_exact=True)
+        return Capabilities()
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Result]:
-        return [DeltaEncoding(delta=torch.zeros(stack.d_out, stack.d_in)) for _ in stack]
+        return Rmm().merge(stack, context)
 
 
 def test_an_inner_rule_that_breaks_its_word_is_named() -> None:
-    with pytest.raises(CapabilityError, match=r'"test\.liar" declares factor_exact'):
+    with pytest.raises(CapabilityError, match=r'"test\.liar" returned "affine_basis"'):
         merge(MmSvd(inner=_Liar()), collection())
 
 

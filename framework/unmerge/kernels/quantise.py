@@ -29,12 +29,12 @@ def quantise(matrix: torch.Tensor, *, bits: int, group_size: int) -> QuantisedMa
         NonFiniteError: The matrix is not finite.
 
     Numerics: with `limit = 2^(bits − 1) − 1`, a scale is the group's largest magnitude over
-        `limit`, rounded up to 8 significant bits; an entry's integer is the nearest to entry over
-        scale, halves to even, in −limit … limit. The scales are therefore exact in float32 and
-        bfloat16, and in float16 from 2⁻¹⁴ ≈ 6·10⁻⁵ on (below, float16 has fewer bits and
-        storing rounds the scale), at the price of a step coarser by at most 2⁻⁷; integer times
-        scale has at most 15 significant bits and is exact in float32. A group of zeros has scale
-        0. O(rows · columns).
+        `limit`, rounded to 8 significant bits; an entry's integer is the nearest to entry over
+        scale, halves to even, in −limit … limit (rounding a scale down by at most 2⁻⁸ lifts no
+        entry to limit + ½). The scales are therefore exact in float32 and bfloat16, and in
+        float16 from 2⁻¹⁴ ≈ 6·10⁻⁵ on; below, float16 has fewer bits and storing rounds the
+        scale. Integer times scale has at most 15 significant bits and is exact in float32. A group
+        of zeros has scale 0. O(rows · columns).
     """
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("a matrix to be quantised holds NaN or infinity; check the adapters")
@@ -43,7 +43,7 @@ def quantise(matrix: torch.Tensor, *, bits: int, group_size: int) -> QuantisedMa
     padded = matrix.new_zeros(rows, groups * group_size, dtype=torch.float64)
     padded[:, :columns] = matrix
     grouped = padded.view(rows, groups, group_size)
-    scales = _round_up(grouped.abs().amax(dim=2) / (2 ** (bits - 1) - 1))
+    scales = _rounded(grouped.abs().amax(dim=2) / (2 ** (bits - 1) - 1))
     # A group of zeros is divided by one instead of by zero.
     divisors = torch.where(scales > 0, scales, 1.0)
     integers = torch.round(grouped / divisors[:, :, None]).view(rows, -1)[:, :columns]
@@ -72,11 +72,13 @@ def packed_columns(columns: int, bits: int) -> int:
     return math.ceil(columns * bits / 8)
 
 
-def _round_up(values: torch.Tensor) -> torch.Tensor:
-    """Return the smallest numbers of 8 significant bits that are not below `values` ≥ 0."""
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """Return the nearest numbers of 8 significant bits to `values` ≥ 0, halves to even."""
     # On the bit pattern, where a carry moves into the exponent as it must: exact, subnormals too.
-    dropped = (1 << (53 - _SCALE_BITS)) - 1
-    return ((values.view(torch.int64) + dropped) & ~dropped).view(torch.float64)
+    dropped = 53 - _SCALE_BITS
+    pattern = values.view(torch.int64)
+    pattern = pattern + (1 << (dropped - 1)) - 1 + ((pattern >> dropped) & 1)
+    return (pattern & -(1 << dropped)).view(torch.float64)
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
