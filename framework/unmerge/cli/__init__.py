@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from unmerge.cli import bundle, demo, merge, store
+from unmerge.cli import analyze, bundle, demo, merge, store
 
 
 @click.group(
@@ -21,8 +21,9 @@ def cli() -> None:
     """
 
 
-for command in (*store.COMMANDS, *merge.COMMANDS, *bundle.COMMANDS, *demo.COMMANDS):
-    cli.add_command(command)
+for module in (store, analyze, merge, bundle, demo):
+    for command in module.COMMANDS:
+        cli.add_command(command)
 
 
 def main() -> None:
