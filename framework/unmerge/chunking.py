@@ -99,12 +99,26 @@ def _working_bytes(shape: ModuleShape, merger: Merger) -> int:
     result = _result_elements(shape, merger)
     reading = 8 * shape.elements  # decoded chunks, and rows copied out of them
     merging = 4 * shape.elements + merger.workspace_bytes(shape) + 8 * result
+    return reading + max(merging, _measuring_bytes(shape, merger, result) + 8 * result)
+
+
+def _measuring_bytes(shape: ModuleShape, merger: Merger, result: int) -> int:
+    """Bytes that measuring what comes back, or what rounding changed, takes."""
+    factors = max(shape.ranks) * (shape.d_out + shape.d_in)
+    if merger.capabilities.restores is None:
+        return 10 * 8 * result
     # Original, stored and difference of both factors in float64, and those side by side.
-    restores = merger.capabilities.restores is not None
-    measured = max(shape.ranks) * (shape.d_out + shape.d_in) if restores else result
-    return reading + max(merging, 10 * 8 * measured + 8 * result)
+    of_factors = 10 * 8 * factors
+    if merger.capabilities.restores == "factors":
+        return of_factors
+    dense = shape.d_out * shape.d_in
+    # One restored delta, and row blocks of it and of the original in float64.
+    return of_factors + 4 * dense + 3 * 8 * min(dense, 1 << 20)
 
 
 def _result_elements(shape: ModuleShape, merger: Merger) -> int:
+    """Elements of a module's encoding, packed bytes counted as if they were such."""
     output = merger.predict(shape)
-    return output.total if output is not None else shape.d_out * shape.d_in
+    if output is None:
+        return max(shape.d_out * shape.d_in, shape.elements)
+    return output.total + output.packed_bytes // 4

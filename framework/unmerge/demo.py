@@ -26,13 +26,22 @@ from unmerge.pipeline import MergePipeline, Progress, RunReport, silent
 from unmerge.readers import read_adapter
 from unmerge.store import AdapterStore
 
-__all__ = ["DemoReport", "DemoRow", "default_zoo", "run_demo"]
+__all__ = ["RESTORED", "DemoReport", "DemoRow", "default_zoo", "run_demo"]
 
 _BATCH = 64
-_BASIS_SIZES = (2, 3)
+RESTORED: dict[str, dict[str, Any]] = {
+    "rmm p=2": {"method": "rmm", "basis_size": 2},
+    # With seven adapters of rank 16 as many elements as p = 2 keeps: 10 / 16 of them.
+    "rank 10": {"method": "truncate", "rank": 10},
+    "rmm p=3": {"method": "rmm", "basis_size": 3},
+    "8 bits": {"method": "quantize", "bits": 8},
+    "4 bits": {"method": "quantize", "bits": 4},
+}
+"""The reversible variants that the demo compares, by name."""
+_MERGED = {"method": "mm_svd", "rank": 16, "inner": {"method": "average"}}
 # Written into the output directory: one that holds it, and nothing foreign, may be replaced.
 _MARKER = "unmerge-demo.json"
-_WRITTEN = {_MARKER, "zoo", "p2.rmb", "p3.rmb", "merged.rmb", "merged", "restored"}
+_WRITTEN = {_MARKER, "zoo", "bundles", "merged", "restored"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,9 @@ class DemoRow:
     Attributes:
         name: The adapter.
         texts: Number of held-out texts.
-        accuracy: By variant: "base" (adapter off, same head), "original", "p=2", "p=3" (restored
-            from the RMM bundles) and "merged" (MM-SVD of the average, with the adapter's head).
-        errors: Mean relative error of the delta over the modules, by "p=2", "p=3".
+        accuracy: By variant: "base" (adapter off, same head), "original", those of `RESTORED`
+            (restored from a bundle) and "merged" (MM-SVD of the average, with the adapter's head).
+        errors: Mean relative error of the delta over the modules, by restored variant.
     """
 
     name: str
@@ -61,14 +70,15 @@ class DemoReport:
         directory: Where store, bundles and restored adapters are.
         base_model: The base model's id.
         rows: One per adapter.
-        element_ratios: Stored elements relative to the adapters', by bundle.
-        byte_ratios: Bytes of the whole bundle relative to the adapter files, by bundle.
+        element_ratios: Stored elements relative to the adapters', by variant; `None` where codes
+            are stored, which only bytes measure.
+        byte_ratios: Bytes of the whole bundle relative to the adapter files, by variant.
     """
 
     directory: Path
     base_model: str
     rows: tuple[DemoRow, ...]
-    element_ratios: dict[str, float] = field(default_factory=dict)
+    element_ratios: dict[str, float | None] = field(default_factory=dict)
     byte_ratios: dict[str, float] = field(default_factory=dict)
 
 
@@ -122,34 +132,35 @@ def run_demo(
     store.tag("v1")
     report("import", len(names), len(names))
 
-    recipes: dict[str, dict[str, Any]] = {
-        f"p={p}": {"method": "rmm", "basis_size": p} for p in _BASIS_SIZES
-    }
-    recipes["merged"] = {"method": "mm_svd", "rank": 16, "inner": {"method": "average"}}
     reports: dict[str, RunReport] = {}
-    for variant, merger in recipes.items():
-        target = out / f"{variant.replace('=', '')}.rmb"
-        reports[variant] = MergePipeline(store, merger, device=device).run(target, progress=report)
-    merged = out / "merged"
-    unmerge_bundle.open(reports["merged"].path).merged().save_peft(merged)
-
     restored: dict[str, dict[str, Path]] = {name: {} for name in names}
-    for p in _BASIS_SIZES:
-        bundle = unmerge_bundle.open(reports[f"p={p}"].path)
+    for variant, merger in {**RESTORED, "merged": _MERGED}.items():
+        slug = variant.replace(" ", "-").replace("=", "")
+        target = out / "bundles" / f"{slug}.rmb"
+        target.parent.mkdir(exist_ok=True)
+        reports[variant] = MergePipeline(store, merger, device=device).run(target, progress=report)
+        bundle = unmerge_bundle.open(target)
+        if variant == "merged":
+            bundle.merged().save_peft(out / "merged")
+            continue
         for name in names:
-            restored[name][f"p={p}"] = out / "restored" / f"p{p}" / name
-            bundle.restore(name).save_peft(restored[name][f"p={p}"])
+            restored[name][variant] = out / "restored" / slug / name
+            bundle.restore(name).save_peft(restored[name][variant])
 
     def evaluate(name: str) -> DemoRow:
         texts, labels = _read_texts(zoo / "texts" / f"{name}.jsonl")
-        folders = {"original": zoo / "adapters" / name, "merged": merged, **restored[name]}
+        folders = {
+            "original": zoo / "adapters" / name,
+            **restored[name],
+            "merged": out / "merged",
+        }
         return DemoRow(
             name=name,
             texts=len(texts),
             accuracy=evaluator.accuracy(texts, labels, store.read_verbatim(name), folders),
             errors={
-                f"p={p}": fmean([e.delta for e in reports[f"p={p}"].errors[name].values()])
-                for p in _BASIS_SIZES
+                variant: fmean([e.delta for e in reports[variant].errors[name].values()])
+                for variant in RESTORED
             },
         )
 

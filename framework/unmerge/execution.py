@@ -20,11 +20,11 @@ from unmerge.errors import CapabilityError, PluginError, UnmergeError
 from unmerge.merger import MergeContext, Merger
 from unmerge.plan import Plan
 from unmerge.stack import FactorStack, StackModule
-from unmerge_bundle import ModuleErrors, reconstruct, relative_errors
+from unmerge_bundle import ModuleErrors, measure, relative_errors
 from unmerge_bundle.arrays import FloatDtype
-from unmerge_bundle.encodings import AffineBasisEncoding, Encoding, FactorsEncoding
+from unmerge_bundle.encodings import Encoding, FactorsEncoding, RestoringEncoding
 
-__all__ = ["MergedModule", "merge_stack", "one_thread_per_task", "reported_as"]
+__all__ = ["MergedModule", "is_packed", "merge_stack", "one_thread_per_task", "reported_as"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -105,24 +105,29 @@ def one_thread_per_task() -> Iterator[None]:
 
 def _finish(module: StackModule, encoding: object, plan: Plan, who: str) -> MergedModule:
     checked = _check(module, encoding, plan, who)
-    dtype = DTYPES[plan.store_dtype]
-    stored = checked.map(
-        lambda tensor: to_numpy(round_once(tensor, dtype, f"{module.path}: {who}"))
-    )
-    if not isinstance(stored, AffineBasisEncoding):
+    stored = checked.map(lambda tensor: _stored(tensor, plan, f"{module.path}: {who}"))
+    if not isinstance(stored, RestoringEncoding):
         return MergedModule(module.path, stored, {}, _rounding(checked, stored))
-    errors = {}
-    for index, (name, original) in enumerate(module):
-        # The reader's own arithmetic, on the stored tensors and rounded to the source's dtype:
-        # the recorded error is the one a user gets.
-        source = plan.source(name).modules[module.path]
-        errors[name] = relative_errors(
+    errors = {
+        # On the stored tensors and rounded to the source's dtype: the error a user gets.
+        name: measure(
+            stored,
+            name,
             (to_numpy(original.A), to_numpy(original.B)),
-            reconstruct(stored, name, dtype=cast(FloatDtype, source.dtype), path=module.path),
             source_scaling=original.scaling,
-            scaling=stored.scalings[index],
+            dtype=cast(FloatDtype, plan.source(name).modules[module.path].dtype),
+            path=module.path,
         )
+        for name, original in module
+    }
     return MergedModule(module.path, stored, errors, 0.0)
+
+
+def _stored(tensor: torch.Tensor, plan: Plan, who: str) -> Array:
+    # Masks and codes are bits already; everything else is rounded, once.
+    if tensor.dtype == torch.uint8:
+        return to_numpy(tensor)
+    return to_numpy(round_once(tensor, DTYPES[plan.store_dtype], who))
 
 
 def _check(module: StackModule, encoding: object, plan: Plan, who: str) -> Encoding[torch.Tensor]:
@@ -132,10 +137,20 @@ def _check(module: StackModule, encoding: object, plan: Plan, who: str) -> Encod
     for name in encoding.adapters:
         tensors.update(encoding.adapter_tensors(name))
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point:
+        packed = _is_packed_tensor(name)
+        fits = isinstance(tensor, torch.Tensor) and (
+            tensor.dtype == torch.uint8 if packed else tensor.dtype.is_floating_point
+        )
+        if not fits:
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise CapabilityError(
-                f"{module.path}: {who} returned {name} as {kind}, expected a real floating tensor"
+                f"{module.path}: {who} returned {name} as {kind}, expected a "
+                f"{'uint8' if packed else 'real floating'} tensor"
+            )
+    for name, value in encoding.facts.items():
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            raise CapabilityError(
+                f"{module.path}: {who} reports {name} as {value!r}, expected a finite number"
             )
     shape = module.shape
     if encoding.shape != (shape.d_out, shape.d_in):
@@ -150,6 +165,17 @@ def _check(module: StackModule, encoding: object, plan: Plan, who: str) -> Encod
             f"expected {list(expected)}; see capabilities.restores"
         )
     return encoding
+
+
+def is_packed(encoding: Encoding[Any]) -> bool:
+    """Return whether an encoding holds codes or masks, which are stored as they are."""
+    return any(
+        _is_packed_tensor(t) for n in encoding.adapters[:1] for t in encoding.adapter_tensors(n)
+    )
+
+
+def _is_packed_tensor(name: str) -> bool:
+    return name == "mask" or name.endswith(".codes")
 
 
 def _rounding(exact: Encoding[torch.Tensor], stored: Encoding[Array]) -> float:

@@ -16,7 +16,13 @@ import torch
 from unmerge.arrays import to_numpy
 from unmerge.chunking import Chunk
 from unmerge.errors import ConfigError, IncompatibleAdaptersError
-from unmerge.execution import MergedModule, merge_stack, one_thread_per_task, reported_as
+from unmerge.execution import (
+    MergedModule,
+    is_packed,
+    merge_stack,
+    one_thread_per_task,
+    reported_as,
+)
 from unmerge.merger import MergeContext, Merger, Passes
 from unmerge.plan import Plan, make_plan
 from unmerge.recipe import Recipe
@@ -50,7 +56,9 @@ class RunReport:
         elements: Elements stored for all encodings.
         nbytes: Bytes of those.
         total_bytes: Bytes of the whole bundle: verbatim tensors, configurations, manifest too.
+        packed: Whether codes or masks are stored, which only bytes measure.
         errors: Relative reconstruction errors by adapter and module; empty for a merged result.
+        facts: What the strategy has to say about each module, by path: iterations, truncation.
         rounding: Largest relative change, over the modules, of a merged delta by rounding to the
             stored dtype; 0 for a reversible bundle, whose errors include it.
         full_rank: Whether a module's result is a dense delta, which is no adapter.
@@ -61,14 +69,21 @@ class RunReport:
     elements: int
     nbytes: int
     total_bytes: int
+    packed: bool
     errors: Mapping[str, Mapping[str, ModuleErrors]]
+    facts: Mapping[str, Mapping[str, float]]
     rounding: float
     full_rank: bool
 
     @property
-    def element_ratio(self) -> float:
-        """Stored elements relative to the adapters'."""
-        return self.elements / self.plan.input_elements
+    def element_ratio(self) -> float | None:
+        """Stored elements relative to the adapters'; `None` where codes or masks are stored."""
+        return None if self.packed else self.elements / self.plan.input_elements
+
+    @property
+    def byte_ratio(self) -> float:
+        """Bytes of the encodings relative to the adapters' factors as stored."""
+        return self.nbytes / self.plan.input_bytes
 
 
 class MergePipeline:
@@ -207,8 +222,9 @@ class MergePipeline:
         context = plan.context
         info = self._generation_info(plan)
         errors: dict[str, dict[str, ModuleErrors]] = {}
+        facts: dict[str, dict[str, float]] = {}
         rounding: dict[str, float] = {}
-        full_rank = False
+        full_rank = packed = False
         with (
             one_thread_per_task(),
             BundleWriter(out, info=info, overwrite=overwrite) as writer,
@@ -227,7 +243,10 @@ class MergePipeline:
                     for name, measured in module.errors.items():
                         errors.setdefault(name, {})[module.path] = measured
                     rounding[module.path] = module.rounding
+                    if module.encoding.facts:
+                        facts[module.path] = dict(module.encoding.facts)
                     full_rank |= isinstance(module.encoding, DeltaEncoding)
+                    packed |= is_packed(module.encoding)
                     report("merge", len(rounding), total)
             summary = writer.finish(message=message)
         encoded = sum(summary.adapters.values(), start=summary.shared)
@@ -237,7 +256,9 @@ class MergePipeline:
             elements=encoded.elements,
             nbytes=encoded.bytes,
             total_bytes=summary.total,
+            packed=packed,
             errors=errors,
+            facts=facts,
             rounding=max(rounding.values()),
             full_rank=full_rank,
         )

@@ -18,7 +18,7 @@ from unmerge.errors import (
     ModuleNotInAdapterError,
     UnmergeError,
 )
-from unmerge.merger import MergeContext, Merger
+from unmerge.merger import MergeContext, Merger, OutputSize
 from unmerge.recipe import Recipe
 from unmerge.stack import ModuleShape
 from unmerge.store import AdapterInfo, AdapterStore
@@ -39,7 +39,7 @@ class Plan:
         store_dtype: Dtype of stored tensors.
         input_elements: Elements of all adapters' factors.
         input_bytes: Their bytes as stored, verbatim tensors not counted.
-        output_elements: Elements of all encodings; `None` where the merger cannot tell.
+        output: What all encodings will hold; `None` where the merger cannot tell.
         verbatim_bytes: Bytes of the verbatim tensors that go into the bundle.
         refusals: Why `run` would refuse, one line each; empty where it would not.
         advice: What the merger has to say about these modules, one line each.
@@ -54,7 +54,7 @@ class Plan:
     store_dtype: str
     input_elements: int
     input_bytes: int
-    output_elements: int | None
+    output: OutputSize | None
     verbatim_bytes: int
     refusals: tuple[str, ...]
     advice: tuple[str, ...]
@@ -90,14 +90,19 @@ class Plan:
     @property
     def output_bytes(self) -> int | None:
         """Bytes of the stored tensors of all encodings."""
-        if self.output_elements is None:
+        if self.output is None:
             return None
-        return self.output_elements * DTYPES[self.store_dtype].itemsize
+        return self.output.total * DTYPES[self.store_dtype].itemsize + self.output.packed_bytes
 
     @property
     def element_ratio(self) -> float | None:
-        """Stored elements relative to the adapters': the papers' storage ratio."""
-        return None if self.output_elements is None else self.output_elements / self.input_elements
+        """Stored elements relative to the adapters': the papers' storage ratio.
+
+        `None` where they are unknown, or codes and masks are stored, which only bytes measure.
+        """
+        if self.output is None or self.output.packed_bytes:
+            return None
+        return self.output.total / self.input_elements
 
     @property
     def byte_ratio(self) -> float | None:
@@ -110,9 +115,13 @@ class Plan:
         return (*self.advice, *self._size_warnings(), *self._content_warnings())
 
     def _size_warnings(self) -> Iterator[str]:
+        up_to = "up to " if self.output is not None and self.output.at_most else ""
         for ratio, what in ((self.element_ratio, "elements"), (self.byte_ratio, "bytes")):
             if ratio is not None and (ratio > 1 or (self.reversible and ratio == 1)):
-                yield f"the bundle would hold {ratio:.0%} of the adapters' {what}: it saves nothing"
+                yield (
+                    f"the bundle would hold {up_to}{ratio:.0%} of the adapters' {what}: "
+                    f"it {'may save' if up_to else 'saves'} nothing"
+                )
 
     def _content_warnings(self) -> Iterator[str]:
         for name, paths in self.absent.items():
@@ -141,7 +150,6 @@ def make_plan(store: AdapterStore, recipe: Recipe, *, memory_budget: int, worker
         shapes, merger, adapters=len(sources), memory_budget=memory_budget, workers=workers
     )
     predicted = [None if refusals else merger.predict(shape) for shape in shapes]
-    known = [size.total for size in predicted if size is not None]
     selected = [info.modules[path] for info in sources for path in paths if path in info.modules]
     absent = {info.name: tuple(p for p in paths if p not in info.modules) for info in sources}
     return Plan(
@@ -153,11 +161,23 @@ def make_plan(store: AdapterStore, recipe: Recipe, *, memory_budget: int, worker
         store_dtype=recipe.dtype or _widest([module.dtype for module in selected]),
         input_elements=sum(shape.elements for shape in shapes),
         input_bytes=sum((m.d_out + m.d_in) * m.rank * DTYPES[m.dtype].itemsize for m in selected),
-        output_elements=sum(known) if len(known) == len(shapes) else None,
+        output=_total(predicted),
         verbatim_bytes=sum(info.verbatim_nbytes for info in sources) if reversible else 0,
         refusals=refusals,
         advice=() if refusals else tuple(merger.advise(shapes)),
         reversible=reversible,
+    )
+
+
+def _total(sizes: Sequence[OutputSize | None]) -> OutputSize | None:
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    return OutputSize(
+        shared=sum(size.shared for size in known),
+        per_adapter=sum(size.per_adapter for size in known),
+        packed_bytes=sum(size.packed_bytes for size in known),
+        at_most=any(size.at_most for size in known),
     )
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import unmerge_bundle
 from unmerge import AdapterStore, read_adapter
 from unmerge.cli import cli
-from unmerge.demo import default_zoo, run_demo
+from unmerge.demo import RESTORED, default_zoo, run_demo
 from unmerge.errors import ConfigError
 
 TEXTS = 48
@@ -46,26 +46,34 @@ def test_the_demo_measures_every_variant(small_zoo: Path, tmp_path: Path) -> Non
     assert [row.name for row in report.rows] == TASKS[:3]
     for row in report.rows:
         assert row.texts == TEXTS
-        assert row.accuracy.keys() == {"base", "original", "p=2", "p=3", "merged"}
+        assert row.accuracy.keys() == {"base", "original", *RESTORED, "merged"}
+        assert row.errors.keys() == RESTORED.keys()
         # Three adapters: two basis adapters already hold them exactly but for float16 rounding,
         # which may tip a text that sits on the fence.
-        assert abs(row.accuracy["p=2"] - row.accuracy["original"]) <= 1 / TEXTS + 1e-9
-        assert row.accuracy["p=3"] == row.accuracy["p=2"]
-        assert 0 < row.errors["p=2"] < 2e-3
+        assert abs(row.accuracy["rmm p=2"] - row.accuracy["original"]) <= 1 / TEXTS + 1e-9
+        assert row.accuracy["rmm p=3"] == row.accuracy["rmm p=2"]
+        assert 0 < row.errors["rmm p=2"] < 2e-3
+        assert 0 < row.errors["8 bits"] < row.errors["4 bits"] < 0.2
     mean = {v: sum(r.accuracy[v] for r in report.rows) / 3 for v in ("base", "original", "merged")}
     assert mean["base"] < mean["original"]
     assert mean["merged"] < mean["original"]
     r, N, p = 16, 3, 2
-    assert report.element_ratios["p=2"] == pytest.approx((p * (r + N) + r) / (r * N))
+    assert report.element_ratios["rmm p=2"] == pytest.approx((p * (r + N) + r) / (r * N))
     assert report.element_ratios["merged"] == pytest.approx(1 / N)
     assert AdapterStore.open(tmp_path / "out" / "zoo", at="v1").names() == tuple(TASKS[:3])
-    for bundle in ("p2.rmb", "p3.rmb", "merged.rmb"):
-        assert unmerge_bundle.verify(tmp_path / "out" / bundle, "reconstruction").ok
-    total = sum(f.stat().st_size for f in (tmp_path / "out" / "p2.rmb").rglob("*") if f.is_file())
+    assert report.element_ratios["rank 10"] == pytest.approx(10 / r)
+    assert report.element_ratios["4 bits"] is None
+    assert report.byte_ratios["4 bits"] < report.byte_ratios["8 bits"] < 1
+    bundles = sorted((tmp_path / "out" / "bundles").iterdir())
+    assert len(bundles) == len(RESTORED) + 1
+    for bundle in bundles:
+        assert unmerge_bundle.verify(bundle, "reconstruction").ok
+    bundle = tmp_path / "out" / "bundles" / "rmm-p2.rmb"
+    total = sum(f.stat().st_size for f in bundle.rglob("*") if f.is_file())
     adapters = sum(
         f.stat().st_size for f in (small_zoo / "adapters").rglob("adapter_*") if f.is_file()
     )
-    assert report.byte_ratios["p=2"] == pytest.approx(total / adapters)
+    assert report.byte_ratios["rmm p=2"] == pytest.approx(total / adapters)
 
 
 def test_only_a_demos_own_output_is_replaced(small_zoo: Path, tmp_path: Path) -> None:

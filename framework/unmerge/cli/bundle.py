@@ -15,6 +15,7 @@ from unmerge.arrays import to_numpy
 from unmerge.cli.output import (
     command,
     error_text,
+    mean_error,
     print_json,
     print_table,
     progress_bar,
@@ -23,7 +24,7 @@ from unmerge.cli.output import (
 )
 from unmerge.errors import ConfigError
 from unmerge.store import AdapterStore
-from unmerge_bundle import Depth, VerifyReport
+from unmerge_bundle import Depth, SavedAdapter, VerifyReport
 from unmerge_bundle.arrays import FloatDtype
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -31,6 +32,11 @@ _DTYPE = click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Dtype of the factors written; as the adapters were unless given.",
+)
+_RANK = click.option(
+    "--rank",
+    type=click.IntRange(min=1),
+    help="Largest rank: a full-rank delta needs one, larger factors are reduced to it.",
 )
 _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace an existing directory.")
 
@@ -43,10 +49,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     document = opened.generation
     sizes = opened.size()
     elements = sizes.shared.elements + sum(a.elements for a in sizes.adapters.values())
-    errors = {
-        name: {path: {"factors": e.factors, "delta": e.delta} for path, e in by_path.items()}
-        for name, by_path in ((name, opened.errors(name)) for name in opened.adapters)
-    }
+    errors = {name: opened.errors(name) for name in opened.adapters}
     if as_json:
         print_json(
             {
@@ -64,7 +67,10 @@ def inspect(bundle: Path, as_json: bool) -> None:
                 "unmerged": {name: list(keys) for name, keys in document.unmerged.items()},
                 "elements": elements,
                 "total_bytes": sizes.total,
-                "errors": errors,
+                "errors": {
+                    name: {path: e.model_dump(mode="json") for path, e in by_path.items()}
+                    for name, by_path in errors.items()
+                },
             }
         )
         return
@@ -90,9 +96,9 @@ def inspect(bundle: Path, as_json: bool) -> None:
             (
                 name,
                 size(sizes.adapters[name].bytes + sizes.verbatim[name].bytes),
-                error_text(fmean([e["delta"] for e in by_path.values()])),
-                error_text(max(e["delta"] for e in by_path.values())),
-                error_text(fmean([e["factors"] for e in by_path.values()])),
+                error_text(fmean([e.delta for e in by_path.values()])),
+                error_text(max(e.delta for e in by_path.values())),
+                mean_error([e.factors for e in by_path.values()]),
             )
             for name, by_path in errors.items()
         ],
@@ -163,6 +169,7 @@ def verify(
     is_flag=True,
     help="Fold scalings into B and write a configuration every server reads.",
 )
+@_RANK
 @_DTYPE
 @_OVERWRITE
 def restore(
@@ -170,6 +177,7 @@ def restore(
     name: str,
     directory: Path,
     portable: bool,
+    rank: int | None,
     dtype: str | None,
     overwrite: bool,
     as_json: bool,
@@ -178,7 +186,7 @@ def restore(
     with progress_bar() as progress:
         progress("restore", 0, 1)
         restored = unmerge_bundle.open(bundle).restore(name, dtype=_float_dtype(dtype))
-        saved = restored.save_peft(directory, portable=portable, overwrite=overwrite)
+        saved = restored.save_peft(directory, portable=portable, rank=rank, overwrite=overwrite)
         progress("restore", 1, 1)
     errors = [module.errors for module in restored.modules.values()]
     largest = max(e.delta for e in errors)
@@ -191,6 +199,7 @@ def restore(
                 "verbatim": list(restored.verbatim),
                 "largest_delta_error": largest,
                 "rounding": saved.rounding,
+                "truncation": saved.truncation,
                 "errors": {
                     path: {"factors": m.errors.factors, "delta": m.errors.delta}
                     for path, m in restored.modules.items()
@@ -208,31 +217,56 @@ def restore(
             f"what is written differs from that by {error_text(saved.rounding)} at most, by "
             "rounding to another dtype or form"
         )
+    _say_truncation(saved)
 
 
-@command("unmerge export out.rmb merged/", name="export")
+@command("unmerge export out.rmb merged/ --rank 32", name="export")
 @_BUNDLE
 @click.argument("directory", type=click.Path(path_type=Path))
+@_RANK
 @_DTYPE
 @_OVERWRITE
 def export(
-    bundle: Path, directory: Path, dtype: str | None, overwrite: bool, as_json: bool
+    bundle: Path,
+    directory: Path,
+    rank: int | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
-    """Write the merged adapter of a bundle as a PEFT directory."""
+    """Write the merged adapter of a bundle as a PEFT directory.
+
+    A full-rank result, as of ties or dare on deltas, needs --rank; what that cuts off is printed.
+    """
     merged = unmerge_bundle.open(bundle).merged()
-    saved = merged.save_peft(directory, dtype=_float_dtype(dtype), overwrite=overwrite)
+    with progress_bar() as progress:
+        progress("export", 0, 1)
+        saved = merged.save_peft(
+            directory, rank=rank, dtype=_float_dtype(dtype), overwrite=overwrite
+        )
+        progress("export", 1, 1)
     if as_json:
         print_json(
             {
                 "directory": str(directory),
                 "modules": len(merged.modules),
                 "rounding": saved.rounding,
+                "truncation": saved.truncation,
                 "unmerged": {name: list(keys) for name, keys in merged.unmerged.items()},
             }
         )
         return
     say(f"exported {len(merged.modules)} modules to {directory}")
+    _say_truncation(saved)
     _say_unmerged(merged.unmerged)
+
+
+def _say_truncation(saved: SavedAdapter) -> None:
+    if saved.truncation > 0:
+        say(
+            f"the reduction to a rank cut off {error_text(saved.truncation)} of a delta at most "
+            "(relative, largest module)"
+        )
 
 
 def _say_unmerged(unmerged: Mapping[str, Iterable[str]]) -> None:

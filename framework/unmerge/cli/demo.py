@@ -7,6 +7,7 @@ import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import click
 
@@ -19,7 +20,7 @@ from unmerge.cli.output import (
     ratio,
     say,
 )
-from unmerge.demo import DemoReport, default_zoo, run_demo
+from unmerge.demo import RESTORED, DemoReport, default_zoo, run_demo
 
 
 @command("unmerge demo --out demo-output", name="demo")
@@ -65,48 +66,34 @@ def _data(report: DemoReport) -> dict[str, object]:
 
 
 def _print(report: DemoReport) -> None:
-    variants = ("base", "original", "p=2", "p=3", "merged")
-    rows = [
-        (
-            row.name,
-            str(row.texts),
-            *(f"{row.accuracy[variant]:.3f}" for variant in variants),
-            error_text(row.errors["p=2"]),
-            error_text(row.errors["p=3"]),
+    variants = ("base", "original", *RESTORED, "merged")
+    rows = []
+    for variant in variants:
+        errors = [row.errors[variant] for row in report.rows if variant in row.errors]
+        scores = [row.accuracy[variant] for row in report.rows]
+        kept = report.byte_ratios.get(variant, 1.0 if variant == "original" else None)
+        rows.append(
+            (
+                variant,
+                *(f"{score:.3f}" for score in scores),
+                f"{fmean(scores):.3f}",
+                ratio(kept),
+                error_text(fmean(errors) if errors else None),
+            )
         )
-        for row in report.rows
-    ]
-    means = [
-        sum(row.accuracy[variant] for row in report.rows) / len(report.rows) for variant in variants
-    ]
-    rows.append(("mean", "", *(f"{mean:.3f}" for mean in means), "", ""))
-    for label, ratios in (
-        ("elements kept", report.element_ratios),
-        ("bytes kept", report.byte_ratios),
-    ):
-        kept = (ratio(ratios[variant]) for variant in ("p=2", "p=3", "merged"))
-        rows.append((label, "", "", "100.0%", *kept, "", ""))
     print_table(
-        (
-            "adapter",
-            "texts",
-            "bare base",
-            "original",
-            "restored p=2",
-            "restored p=3",
-            "merged",
-            "error p=2",
-            "error p=3",
-        ),
+        ("", *(row.name for row in report.rows), "mean", "bytes kept", "error"),
         rows,
-        title=f"accuracy on held-out text, {len(report.rows)} adapters of {report.base_model}",
+        title=f"accuracy on held-out text, {len(report.rows)} adapters of {report.base_model}, "
+        f"{sum(row.texts for row in report.rows)} texts",
     )
     out = report.directory
     say(
-        "bare base: the adapter switched off, its head kept. restored: out of a reversible bundle "
-        "(RMM) of p basis adapters. merged: one adapter for all tasks (MM-SVD of the average, "
-        "rank 16), each task with its own head. error: of the delta, relative, mean over modules. "
-        "bytes count the whole bundle, heads and manifest too."
+        "base: the adapter switched off, its head kept. Restored out of reversible bundles: rmm (p "
+        "shared basis adapters), each adapter alone cut to a rank (as many elements as p=2), and "
+        "in 8- and 4-bit groups. merged: one adapter for all tasks (MM-SVD of the average, rank "
+        "16), each task with its own head. bytes kept: of the whole bundle, heads and manifest "
+        "too, relative to the adapter files. error: of the delta, relative, mean over modules."
     )
     say(
         f"\nStore, bundles and restored adapters are in {out}/. Now with adapters of your own:\n\n"

@@ -13,6 +13,7 @@ import click
 from unmerge.cli.output import (
     command,
     error_text,
+    mean_error,
     print_json,
     print_table,
     progress_bar,
@@ -162,10 +163,12 @@ def merge(
         say(f"note: {warning}")
     say(
         f"wrote {out}: {len(report.plan.adapters)} adapters, {len(report.plan.modules)} modules, "
-        f"{size(report.total_bytes)}; {ratio(report.element_ratio)} of the adapters' elements"
+        f"{size(report.total_bytes)}; {_kept(report.element_ratio, report.byte_ratio)}"
     )
     if any(weight != 1 for weight in report.plan.context.weights.values()):
         say(f"weights: {_weighted(report.plan)}")
+    for line in _fact_lines(report):
+        say(line)
     if report.errors:
         print_table(
             ("adapter", "error of the delta: mean", "largest", "error of the factors: mean"),
@@ -174,7 +177,7 @@ def merge(
                     name,
                     error_text(fmean([e.delta for e in errors.values()])),
                     error_text(max(e.delta for e in errors.values())),
-                    error_text(fmean([e.factors for e in errors.values()])),
+                    mean_error([e.factors for e in errors.values()]),
                 )
                 for name, errors in sorted(report.errors.items())
             ],
@@ -191,7 +194,7 @@ def merge(
     if report.rounding > _LARGE_ROUNDING:
         say("note: that is much; --dtype float32 avoids it")
     if report.full_rank:
-        say("note: the result is a full-rank delta, which cannot be exported as an adapter")
+        say(f"next: unmerge export {out} merged/ --rank 32  (the result has full rank)")
     else:
         say(f"next: unmerge export {out} merged/")
 
@@ -298,7 +301,9 @@ def _plan_data(made: Plan) -> dict[str, Any]:
         "store_dtype": made.store_dtype,
         "input_elements": made.input_elements,
         "input_bytes": made.input_bytes,
-        "output_elements": made.output_elements,
+        "output_elements": None if made.output is None else made.output.total,
+        "output_packed_bytes": None if made.output is None else made.output.packed_bytes,
+        "output_at_most": None if made.output is None else made.output.at_most,
         "output_bytes": made.output_bytes,
         "verbatim_bytes": made.verbatim_bytes,
         "element_ratio": made.element_ratio,
@@ -315,14 +320,13 @@ def _print_plan(made: Plan) -> None:
     predicted = "unknown before it runs"
     if made.output_bytes is not None:
         predicted = (
-            f"{size(made.output_bytes)} of {made.store_dtype} tensors, "
-            f"{ratio(made.element_ratio)} of the adapters' elements, "
-            f"{ratio(made.byte_ratio)} of their bytes"
+            f"{size(made.output_bytes)} in {made.store_dtype}, "
+            f"{_kept(made.element_ratio, made.byte_ratio)}"
         )
     say(f"adapters   {len(made.adapters)}: {_weighted(made)}")
     say(f"modules    {len(made.modules)} in {len(made.chunks)} chunks")
     say(f"reads      {size(made.input_bytes)} of factors")
-    say(f"writes     {predicted}")
+    say(f"writes     {'at most ' if made.output and made.output.at_most else ''}{predicted}")
     if made.verbatim_bytes:
         say(f"           and {size(made.verbatim_bytes)} of verbatim tensors")
     say(f"memory     {size(made.peak_bytes)} at most per chunk")
@@ -337,6 +341,8 @@ def _report_data(report: RunReport) -> dict[str, Any]:
         "bytes": report.nbytes,
         "total_bytes": report.total_bytes,
         "element_ratio": report.element_ratio,
+        "byte_ratio": report.byte_ratio,
+        "facts": {path: dict(facts) for path, facts in sorted(report.facts.items())},
         "rounding": report.rounding,
         "plan": _plan_data(report.plan),
         "errors": {
@@ -344,6 +350,27 @@ def _report_data(report: RunReport) -> dict[str, Any]:
             for name, errors in sorted(report.errors.items())
         },
     }
+
+
+def _kept(elements: float | None, nbytes: float | None) -> str:
+    """Return what is kept, relative to the adapters: elements where they mean anything, bytes."""
+    parts = [] if elements is None else [f"{ratio(elements)} of the adapters' elements"]
+    whose = "their" if parts else "the adapters'"
+    return ", ".join([*parts, f"{ratio(nbytes)} of {whose} bytes"])
+
+
+def _fact_lines(report: RunReport) -> list[str]:
+    """Return one line per fact: its range over the modules, or its one value."""
+    by_name: dict[str, list[float]] = {}
+    for facts in report.facts.values():
+        for name, value in facts.items():
+            by_name.setdefault(name, []).append(value)
+    lines = []
+    for name, values in sorted(by_name.items()):
+        low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+        spread = low if low == high else f"{low} to {high}, {fmean(values):.4g} on average"
+        lines.append(f"{name.replace('_', ' ')}: {spread} ({len(values)} modules)")
+    return lines
 
 
 def _weighted(made: Plan) -> str:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import click
@@ -139,9 +140,20 @@ def ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def error_text(value: float) -> str:
-    """Return a relative error with three significant digits."""
+def error_text(value: float | None) -> str:
+    """Return a relative error with three significant digits, or a dash where there is none."""
+    if value is None:
+        return "–"
     return "∞" if value == float("inf") else f"{value:.3g}"
+
+
+def mean_error(values: Sequence[float | None]) -> str:
+    """Return the mean of relative errors, or a dash where one is not there.
+
+    Factors have no error where only their product comes back.
+    """
+    known = [value for value in values if value is not None]
+    return error_text(fmean(known) if known and len(known) == len(values) else None)
 
 
 def _finite(data: Any) -> Any:

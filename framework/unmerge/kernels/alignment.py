@@ -50,7 +50,7 @@ def shared_basis(matrices: Sequence[torch.Tensor], cutoff: float) -> SharedBasis
     if not bool(torch.isfinite(basis.core).all()):
         raise NonFiniteError("the factors side by side are not finite; check the scalings")
     U, S, Wh = torch.linalg.svd(basis.core, full_matrices=False)
-    kept = max(int((S > cutoff * S[0]).sum()), 1)
+    kept = max(int((cutoff * S[0] < S).sum()), 1)
     wide = basis.apply(U[:, :kept])
     signs = column_signs(wide)
     blocks = (signs * S[:kept])[:, None] * Wh[:kept]

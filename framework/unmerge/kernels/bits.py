@@ -14,7 +14,9 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     missing = -mask.shape[-1] % 8
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, missing))
     weights = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=mask.device)
-    return (padded.unflatten(-1, (-1, 8)) * weights).sum(dim=-1, dtype=torch.uint8)
+    octets = padded.reshape(*padded.shape[:-1], padded.shape[-1] // 8, 8)
+    packed: torch.Tensor = (octets * weights).sum(dim=-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_bits(packed: torch.Tensor, columns: int) -> torch.Tensor:
