@@ -3,6 +3,8 @@
 `docs/spec/bundle-v1.md` defines the format; nothing here needs torch or the strategies.
 """
 
+from unmerge_bundle.adapters import AdapterRecord, RecordedModule
+from unmerge_bundle.documents import check_message
 from unmerge_bundle.encodings import (
     AdapterFactorsEncoding,
     AffineBasisEncoding,
@@ -33,7 +35,7 @@ from unmerge_bundle.errors import (
     UnsupportedVersionError,
     WrongKindError,
 )
-from unmerge_bundle.measure import relative_errors
+from unmerge_bundle.measure import compare, measure, relative_errors
 from unmerge_bundle.model import (
     FORMAT_VERSION,
     Amount,
@@ -44,6 +46,7 @@ from unmerge_bundle.model import (
     Strategy,
 )
 from unmerge_bundle.names import check_key, check_module_path, check_name
+from unmerge_bundle.quantise import dequantise, quantise
 from unmerge_bundle.reader import Bundle
 from unmerge_bundle.reader import open_bundle as open  # noqa: A004 - unmerge_bundle.open(path)
 from unmerge_bundle.reconstruct import reconstruct
@@ -51,17 +54,12 @@ from unmerge_bundle.restored import (
     MergedAdapter,
     Origin,
     RestoredAdapter,
+    RestoredDelta,
     RestoredModule,
     SavedAdapter,
 )
 from unmerge_bundle.verify import Depth, Problem, VerifyReport, verify
-from unmerge_bundle.writer import (
-    AdapterRecord,
-    BundleWriter,
-    GenerationInfo,
-    RecordedModule,
-    check_message,
-)
+from unmerge_bundle.writer import BundleWriter, GenerationInfo
 
 __all__ = [
     "FORMAT_VERSION",
@@ -99,6 +97,7 @@ __all__ = [
     "ReconstructionMismatchError",
     "RecordedModule",
     "RestoredAdapter",
+    "RestoredDelta",
     "RestoredModule",
     "Restores",
     "RestoringEncoding",
@@ -114,7 +113,11 @@ __all__ = [
     "check_message",
     "check_module_path",
     "check_name",
+    "compare",
+    "dequantise",
+    "measure",
     "open",
+    "quantise",
     "reconstruct",
     "relative_errors",
     "verify",

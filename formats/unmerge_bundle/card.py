@@ -19,7 +19,12 @@ _Factors = tuple[Array, Array]
 
 
 def restored_card(
-    adapter: RestoredAdapter, written: Mapping[str, _Factors], *, portable: bool, rounding: float
+    adapter: RestoredAdapter,
+    written: Mapping[str, _Factors],
+    *,
+    portable: bool,
+    rounding: float,
+    truncation: float,
 ) -> str:
     """Return the model card of a restored adapter.
 
@@ -28,6 +33,7 @@ def restored_card(
         written: The factors the directory holds.
         portable: Whether they are in the portable form.
         rounding: Relative difference of their delta from the recorded one.
+        truncation: Relative error of reducing deltas to a rank, 0 where none was.
     """
     worst = max(adapter.modules, key=lambda path: adapter.modules[path].errors.delta)
     errors = [module.errors for module in adapter.modules.values()]
@@ -46,29 +52,38 @@ def restored_card(
         "",
         "## Reconstruction error",
         "",
-        "Relative Frobenius norm against the original, as recorded in the bundle: of the factors",
-        f"restored in the original's dtype ({_code(sources)}), their scaling beside them.",
+        "Relative Frobenius norm against the original, as recorded in the bundle: of what is",
+        f"restored in the original's dtype ({_code(sources)}), the scaling beside factors.",
         "",
         "| | mean over modules | largest |",
         "|---|---|---|",
-        _error_row("factors", [error.factors for error in errors]),
-        _error_row("delta", [error.delta for error in errors]),
+        *_error_rows("factors", [e.factors for e in errors if e.factors is not None]),
+        *_error_rows("delta", [error.delta for error in errors]),
         "",
         f"The largest delta error is that of module `{worst}`.",
         "",
         f"This directory holds the factors in {_code(_dtypes(written))}, {form}.",
-        _rounding_line(rounding, "the one with these errors"),
+        *_truncation_lines(truncation, written),
+        _rounding_line(rounding, "the reduced one" if truncation else "the one with these errors"),
+        *_fact_lines(adapter.origin, adapter.modules),
     ]
     return _card(adapter.base_model, lines)
 
 
-def merged_card(adapter: MergedAdapter, written: Mapping[str, _Factors], *, rounding: float) -> str:
+def merged_card(
+    adapter: MergedAdapter,
+    written: Mapping[str, _Factors],
+    *,
+    rounding: float,
+    truncation: float,
+) -> str:
     """Return the model card of a merged adapter.
 
     Args:
         adapter: The merged result.
         written: The factors the directory holds.
         rounding: Relative difference of their delta from the bundle's.
+        truncation: Relative error of reducing deltas to a rank, 0 where none was.
     """
     weights = [f"| `{s.name}` | {s.weight:g} | `{s.digest}` |" for s in adapter.sources]
     lines = [
@@ -78,7 +93,9 @@ def merged_card(adapter: MergedAdapter, written: Mapping[str, _Factors], *, roun
         *_origin_lines(adapter.origin),
         "",
         f"This directory holds the factors in {_code(_dtypes(written))}, their scaling inside.",
-        _rounding_line(rounding, "the bundle's"),
+        *_truncation_lines(truncation, written),
+        _rounding_line(rounding, "the reduced one" if truncation else "the bundle's"),
+        *_fact_lines(adapter.origin, adapter.modules),
         "",
         "## Sources",
         "",
@@ -126,8 +143,42 @@ def _rounding_line(rounding: float, recorded: str) -> str:
     )
 
 
-def _error_row(label: str, values: list[float]) -> str:
-    return f"| {label} | {np.mean(values):.3g} | {max(values):.3g} |"
+def _truncation_lines(truncation: float, written: Mapping[str, _Factors]) -> list[str]:
+    if truncation == 0.0:
+        return []
+    rank = max(len(A) for A, _ in written.values())
+    return [
+        f"Deltas of a larger rank were reduced to at most {rank}, which took the worst",
+        f"{truncation:.3g} of its norm away from what the bundle holds.",
+    ]
+
+
+def _fact_lines(origin: Origin, paths: Iterable[str]) -> list[str]:
+    """Return a table of what the strategy reported of these modules, empty if nothing."""
+    chosen = set(paths)
+    values: dict[str, list[float]] = {}
+    for entry in origin.generation.modules:
+        if entry.path in chosen:
+            for name, value in entry.facts.items():
+                values.setdefault(name, []).append(value)
+    if not values:
+        return []
+    return [
+        "",
+        "## What the strategy reported",
+        "",
+        "| | smallest | mean over modules | largest |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {min(found):.6g} | {np.mean(found):.6g} | {max(found):.6g} |"
+            for name, found in sorted(values.items())
+        ),
+    ]
+
+
+def _error_rows(label: str, values: list[float]) -> list[str]:
+    """Return one row, or none where no module has such an error."""
+    return [f"| {label} | {np.mean(values):.3g} | {max(values):.3g} |"] if values else []
 
 
 def _card(base_model: str | None, lines: list[str]) -> str:

@@ -156,6 +156,16 @@ class RestoringEncoding(Encoding[ArrayT]):
         """
         return self.scalings[self.position(name)]
 
+    @abstractmethod
+    def restored_rank(self, name: str) -> int | None:
+        """Return the rank of the factors that come back for adapter `name`.
+
+        `None` where a dense delta comes back.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+
     def position(self, name: str) -> int:
         """Return the place of adapter `name` among `names`, in constant time.
 
@@ -229,6 +239,15 @@ class AffineBasisEncoding(RestoringEncoding[ArrayT]):
             "coefficients_B": coefficients_B[index],
         }
 
+    def restored_rank(self, name: str) -> int | None:
+        """Return the rank of the means, whatever the rank of the source.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        self.position(name)
+        return _shape(self.mean_A)[0]
+
     def map(self, convert: Callable[[ArrayT], OtherT]) -> AffineBasisEncoding[OtherT]:
         """Return the same encoding with `convert` applied to every tensor."""
         return AffineBasisEncoding(
@@ -249,6 +268,8 @@ class SharedFactorsEncoding(RestoringEncoding[ArrayT]):
     """Every adapter's delta as a small core between two shared factors.
 
         delta = scaling · U @ cores[n] @ V
+
+    It comes back as factors of rank min(k_out, k_in), which are not those that went in.
 
     Attributes:
         U: `(d_out, k_out)`.
@@ -285,6 +306,15 @@ class SharedFactorsEncoding(RestoringEncoding[ArrayT]):
         """
         cores: Any = self.cores
         return {"core": cores[self.position(name)]}
+
+    def restored_rank(self, name: str) -> int | None:
+        """Return the smaller of k_out and k_in: the core is multiplied into the larger factor.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        self.position(name)
+        return min(_shape(self.U)[1], _shape(self.V)[0])
 
     def map(self, convert: Callable[[ArrayT], OtherT]) -> SharedFactorsEncoding[OtherT]:
         """Return the same encoding with `convert` applied to every tensor."""
@@ -334,6 +364,15 @@ class MaskedDeltaEncoding(RestoringEncoding[ArrayT]):
         """
         masks: Any = self.masks
         return {"mask": masks[self.position(name)]}
+
+    def restored_rank(self, name: str) -> int | None:
+        """Return `None`: a dense delta comes back.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        self.position(name)
+        return None
 
     def map(self, convert: Callable[[ArrayT], OtherT]) -> MaskedDeltaEncoding[OtherT]:
         """Return the same encoding with `convert` applied to every tensor, the masks too."""
@@ -387,7 +426,7 @@ class AdapterFactorsEncoding(RestoringEncoding[ArrayT]):
     All matrices are raw, or all are quantised with one `bits` and one `group_size`.
 
     Attributes:
-        A: Per adapter, `(k_n, d_in)`.
+        A: Per adapter, `(k_n, d_in)`, k_n ≥ 1.
         B_transposed: Per adapter, the transpose of B, `(k_n, d_out)`: rank-one components are
             rows, so that no group of a quantised matrix spans two of them.
         d_out: Output features.
@@ -426,6 +465,15 @@ class AdapterFactorsEncoding(RestoringEncoding[ArrayT]):
             else:
                 tensors[key] = matrix
         return tensors
+
+    def restored_rank(self, name: str) -> int | None:
+        """Return the number of components adapter `name` keeps.
+
+        Raises:
+            KeyError: It is not one of `names`.
+        """
+        matrix = self.A[self.position(name)]
+        return _shape(matrix.codes if isinstance(matrix, QuantisedMatrix) else matrix)[0]
 
     def map(self, convert: Callable[[ArrayT], OtherT]) -> AdapterFactorsEncoding[OtherT]:
         """Return the same encoding with `convert` applied to every tensor, codes too."""

@@ -7,21 +7,10 @@ minor version may add some. Nothing here touches a file.
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    ValidationError,
-    model_validator,
-)
+from pydantic import ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from unmerge_bundle.arrays import FloatDtype
 from unmerge_bundle.encodings import Restores
@@ -33,8 +22,19 @@ from unmerge_bundle.errors import (
     NotABundleError,
     UnsupportedVersionError,
 )
+from unmerge_bundle.fields import (
+    Count,
+    Digest,
+    FormatModel,
+    Key,
+    ModulePath,
+    Name,
+    Positive,
+    Time,
+    check_sorted,
+)
 from unmerge_bundle.jsontext import canonical_bytes, parse_object
-from unmerge_bundle.names import check_key, check_module_path, check_name
+from unmerge_bundle.modules import ModuleEntry
 
 __all__ = [
     "BLOB_MEDIA_TYPE",
@@ -47,17 +47,13 @@ __all__ = [
     "MAX_MESSAGE_CHARACTERS",
     "AdapterEntry",
     "AdapterMetadata",
-    "AffineBasisModule",
     "Amount",
     "BaseModelId",
     "BundleSize",
-    "DeltaModule",
     "Descriptor",
-    "FactorsModule",
     "Generation",
     "GenerationEntry",
     "Manifest",
-    "ModuleEntry",
     "ModuleErrors",
     "Producer",
     "RestoredModuleRecord",
@@ -78,31 +74,6 @@ BLOB_MEDIA_TYPE = "application/vnd.safetensors"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_DOCUMENT_BYTES = 64 << 20
 MAX_MESSAGE_CHARACTERS = 4096
-
-_TIME = "%Y-%m-%dT%H:%M:%SZ"
-
-
-def _check_time(text: str) -> str:
-    # Formatted back, because strptime also takes "2026-1-2T3:4:5Z".
-    if datetime.strptime(text, _TIME).replace(tzinfo=UTC).strftime(_TIME) != text:
-        raise ValueError(f"{text!r} is no UTC time like 2026-01-31T12:00:00Z")
-    return text
-
-
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Name = Annotated[str, AfterValidator(check_name)]
-ModulePath = Annotated[str, AfterValidator(check_module_path)]
-Key = Annotated[str, AfterValidator(check_key)]
-Time = Annotated[str, AfterValidator(_check_time)]
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Shapes = dict[str, tuple[int, ...]]
-
-
-class FormatModel(BaseModel):
-    """What all models of the format share: immutable, strictly typed, NaN refused."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class Descriptor(FormatModel):
@@ -174,90 +145,18 @@ class Source(FormatModel):
     weight: float
 
 
-class _Module(FormatModel):
-    path: ModulePath
-    d_out: Positive
-    d_in: Positive
-    blob: Count
-
-
-class FactorsModule(_Module):
-    """A merged module as factors."""
-
-    encoding: Literal["factors"] = "factors"
-    rank: Positive
-
-    @property
-    def restores(self) -> Restores | None:
-        """Nothing: one merged result."""
-        return None
-
-    def shared_shapes(self) -> Shapes:
-        """Return the shapes of the shared tensors, by tensor name."""
-        return {"A": (self.rank, self.d_in), "B": (self.d_out, self.rank)}
-
-    def adapter_shapes(self) -> Shapes:
-        """Return the shapes of each adapter's own tensors: there are none."""
-        return {}
-
-
-class DeltaModule(_Module):
-    """A merged module as a full-rank update."""
-
-    encoding: Literal["delta"] = "delta"
-
-    @property
-    def restores(self) -> Restores | None:
-        """Nothing: one merged result."""
-        return None
-
-    def shared_shapes(self) -> Shapes:
-        """Return the shapes of the shared tensors, by tensor name."""
-        return {"delta": (self.d_out, self.d_in)}
-
-    def adapter_shapes(self) -> Shapes:
-        """Return the shapes of each adapter's own tensors: there are none."""
-        return {}
-
-
-class AffineBasisModule(_Module):
-    """A module whose factors are restored from a mean, a basis and coefficients."""
-
-    encoding: Literal["affine_basis"] = "affine_basis"
-    rank: Positive
-    basis_size: Count
-
-    @property
-    def restores(self) -> Restores | None:
-        """Each adapter's factors."""
-        return "factors"
-
-    def shared_shapes(self) -> Shapes:
-        """Return the shapes of the shared tensors, by tensor name."""
-        return {
-            "mean_A": (self.rank, self.d_in),
-            "basis_A": (self.basis_size, self.rank, self.d_in),
-            "mean_B": (self.d_out, self.rank),
-            "basis_B": (self.basis_size, self.d_out, self.rank),
-        }
-
-    def adapter_shapes(self) -> Shapes:
-        """Return the shapes of each adapter's own tensors, by tensor name."""
-        return {
-            "coefficients_A": (self.basis_size, self.d_in),
-            "coefficients_B": (self.basis_size, self.d_out),
-        }
-
-
-ModuleEntry = Annotated[
-    FactorsModule | DeltaModule | AffineBasisModule, Field(discriminator="encoding")
-]
-
-
 class AdapterEntry(FormatModel):
-    """One adapter that can be restored, and its blob."""
+    """One adapter that can be restored.
+
+    Attributes:
+        name: Its name; one of the sources.
+        generation: Number of the generation that added it: 1 for those that were merged, a later
+            one for those that were appended, from which no shared tensor was made.
+        blob: Its blob.
+    """
 
     name: Name
+    generation: Positive
     blob: Descriptor
 
 
@@ -284,23 +183,34 @@ class Generation(FormatModel):
 
     @property
     def restores(self) -> Restores | None:
-        """What the bundle gives back for each adapter, or `None` for one merged result."""
-        return self.modules[0].restores
+        """What the bundle gives back for each adapter, or `None` for one merged result.
+
+        "factors" where every module gives back factors, "delta" where at least one gives back
+        nothing but the delta.
+        """
+        kinds = {module.restores for module in self.modules}
+        return "delta" if "delta" in kinds else "factors" if "factors" in kinds else None
 
     @model_validator(mode="after")
     def _consistent(self) -> Generation:
         sources = check_sorted("sources", [source.name for source in self.sources])
         paths = check_sorted("modules", [module.path for module in self.modules])
         adapters = check_sorted("adapters", [adapter.name for adapter in self.adapters])
-        if len({module.restores for module in self.modules}) > 1:
+        if len({module.restores is None for module in self.modules}) > 1:
             raise ValueError("modules that restore adapters and merged ones are mixed")
         if (self.restores is None) != (not adapters):
             raise ValueError("adapters are listed exactly where the modules restore them")
         for module in self.modules:
-            if module.blob >= len(self.shared):
+            if module.blob is not None and module.blob >= len(self.shared):
                 raise ValueError(
                     f"module {module.path} is in shared blob {module.blob}, there are "
                     f"{len(self.shared)}"
+                )
+        for adapter in self.adapters:
+            if adapter.generation > self.number:
+                raise ValueError(
+                    f"adapter {adapter.name} is of generation {adapter.generation}, this is "
+                    f"{self.number}"
                 )
         for descriptor in (*self.shared, *(adapter.blob for adapter in self.adapters)):
             _check_media_type(descriptor, BLOB_MEDIA_TYPE)
@@ -329,14 +239,18 @@ class RestoredModuleRecord(FormatModel):
 
     Attributes:
         path: The module.
-        rank: Rank of the source's factors; the restored ones may be padded beyond it.
-        scaling: What the restored factors are used with: `delta = scaling · B @ A`.
+        rank: Rank of the source's factors.
+        restored_rank: Rank of the factors that come back, larger or smaller than the source's;
+            `None` where a dense delta comes back.
+        scaling: What the restored factors are used with: `delta = scaling · B @ A`; or what a
+            unified delta is multiplied with.
         source_scaling: What the source's factors are used with.
         dtype: Dtype of the source's factors, and of the restored ones unless asked otherwise.
     """
 
     path: ModulePath
     rank: Positive
+    restored_rank: Positive | None
     scaling: float
     source_scaling: float
     dtype: FloatDtype
@@ -365,15 +279,15 @@ class ModuleErrors(FormatModel):
     """How far one adapter's module is from its original, as relative Frobenius norms.
 
     Attributes:
-        factors: Of A and B together.
+        factors: Of A and B together; `None` where the encoding gives back no factors but a delta.
         delta: Of `scaling · B @ A`.
 
-    Both are infinite only where the original's norm is 0 and the difference is not.
+    They are infinite only where the original's norm is 0 and the difference is not.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
 
-    factors: Annotated[float, Field(ge=0)]
+    factors: Annotated[float, Field(ge=0)] | None
     delta: Annotated[float, Field(ge=0)]
 
 
@@ -503,19 +417,6 @@ def check_size(size: int, limit: int, where: str) -> None:
             f"has {size} bytes, at most {limit} are allowed; it is no document of this format",
             path=where,
         )
-
-
-def check_sorted(label: str, names: Sequence[str]) -> frozenset[str]:
-    """Return `names` as a set if they are strictly ascending by code point.
-
-    Raises:
-        ValueError: They are not.
-    """
-    for before, after in itertools.pairwise(names):
-        if before >= after:
-            problem = "appears twice" if before == after else f"stands after {before!r}"
-            raise ValueError(f"{label} must be sorted and distinct: {after!r} {problem}")
-    return frozenset(names)
 
 
 def _check_media_type(descriptor: Descriptor, expected: str) -> None:

@@ -7,16 +7,17 @@ a blob by size and digest when something in it is first needed.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unmerge_bundle.arrays import DTYPES, FLOAT_DTYPES, Array, FloatDtype, all_finite
+from unmerge_bundle.arrays import Array, FloatDtype, all_finite
 from unmerge_bundle.blob import BlobReader
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding, Restores
 from unmerge_bundle.errors import (
@@ -40,10 +41,8 @@ from unmerge_bundle.model import (
     Amount,
     BundleSize,
     Descriptor,
-    FactorsModule,
     Generation,
     GenerationEntry,
-    ModuleEntry,
     ModuleErrors,
     RestoredModuleRecord,
     check_size,
@@ -52,8 +51,23 @@ from unmerge_bundle.model import (
     parse_model,
     sha256,
 )
-from unmerge_bundle.reconstruct import restore_affine_basis
-from unmerge_bundle.restored import MergedAdapter, Origin, RestoredAdapter, RestoredModule
+from unmerge_bundle.modules import (
+    DeltaModule,
+    FactorsModule,
+    Layouts,
+    ModuleEntry,
+    RestoringModule,
+    check_tensor,
+)
+from unmerge_bundle.reconstruct import restore_module
+from unmerge_bundle.restored import (
+    AnyRestored,
+    MergedAdapter,
+    Origin,
+    RestoredAdapter,
+    RestoredDelta,
+    RestoredModule,
+)
 
 __all__ = ["Bundle", "open_bundle"]
 
@@ -204,7 +218,7 @@ class Bundle:
 
         Args:
             name: One of `adapters`.
-            dtype: Dtype of the restored factors; by default each module's source dtype.
+            dtype: Dtype of what is restored; by default each module's source dtype.
 
         Raises:
             WrongKindError: The bundle holds one merged result.
@@ -213,21 +227,9 @@ class Bundle:
             BundleError: A blob is missing, damaged or malformed.
         """
         own, metadata = self.open_adapter(name)
-        errors = recorded_errors(own, metadata)
         return RestoredAdapter(
             name=name,
-            modules={
-                record.path: RestoredModule(
-                    A=A,
-                    B=B,
-                    scaling=record.scaling,
-                    source_scaling=record.source_scaling,
-                    source_rank=record.rank,
-                    source_dtype=record.dtype,
-                    errors=errors[record.path],
-                )
-                for record, A, B in self._factors(own, metadata, dtype)
-            },
+            modules=dict(self._restored(own, metadata, dtype)),
             # Copied, because a view would keep the blob mapped as long as the tensor lives.
             verbatim={key: own.array(f"verbatim/{key}").copy() for key in metadata.verbatim},
             config=metadata.config,
@@ -236,20 +238,26 @@ class Bundle:
             revision=metadata.revision,
             source_digest=metadata.digest,
             origin=self._origin(),
-            exact=partial(self.exact_factors, name),
+            exact=partial(self.restore_modules, name, dtype="float32"),
         )
 
-    def exact_factors(self, name: str) -> Iterator[tuple[str, Array, Array]]:
-        """Yield path, A and B of adapter `name`, module by module, as float32: not rounded yet.
+    def restore_modules(
+        self, name: str, *, dtype: FloatDtype | None = None
+    ) -> Iterator[tuple[str, AnyRestored]]:
+        """Yield the modules of adapter `name` by path, sorted, holding one at a time.
+
+        Args:
+            name: One of `adapters`.
+            dtype: Dtype of what is restored, by default each module's source dtype; "float32" is
+                the reconstruction before it is rounded.
 
         Raises:
             WrongKindError: The bundle holds one merged result.
             AdapterNotInBundleError: It holds no such adapter.
-            NonFiniteError: A value overflows float32.
+            NonFiniteError: A value overflows the dtype.
             BundleError: A blob is missing, damaged or malformed.
         """
-        for record, A, B in self._factors(*self.open_adapter(name), "float32"):
-            yield record.path, A, B
+        yield from self._restored(*self.open_adapter(name), dtype)
 
     def errors(self, name: str) -> dict[str, ModuleErrors]:
         """Return the errors recorded for adapter `name`, by module path.
@@ -259,7 +267,7 @@ class Bundle:
             AdapterNotInBundleError: It holds no such adapter.
             BundleError: The adapter's blob is missing, damaged or malformed.
         """
-        return recorded_errors(*self.open_adapter(name))
+        return self.recorded_errors(*self.open_adapter(name))
 
     def merged(self) -> MergedAdapter:
         """Return the merged result; its arrays are read-only views of the bundle's files.
@@ -276,7 +284,9 @@ class Bundle:
             )
         modules: dict[str, FactorsEncoding[Array] | DeltaEncoding[Array]] = {}
         for entry in self.generation.modules:
-            tensors = self._tensors(self.shared_blob(entry.blob), entry, entry.shared_shapes())
+            if not isinstance(entry, FactorsModule | DeltaModule):
+                continue  # narrowing only: no module restores adapters, or all do
+            tensors = self.shared_tensors(entry)
             for tensor_name, tensor in tensors.items():
                 if not all_finite(tensor):
                     raise NonFiniteError(
@@ -285,9 +295,9 @@ class Bundle:
                         path=entry.path,
                     )
             modules[entry.path] = (
-                FactorsEncoding(A=tensors["A"], B=tensors["B"])
+                FactorsEncoding(A=tensors["A"], B=tensors["B"], facts=entry.facts)
                 if isinstance(entry, FactorsModule)
-                else DeltaEncoding(delta=tensors["delta"])
+                else DeltaEncoding(delta=tensors["delta"], facts=entry.facts)
             )
         return MergedAdapter(modules=modules, origin=self._origin())
 
@@ -376,7 +386,67 @@ class Bundle:
                 f"{len(self.generation.adapter_paths(name))} the generation document gives it",
                 path=blob.where,
             )
+        for entry, record in self.records(metadata):
+            if not entry.admits(record.restored_rank):
+                raise BlobError(
+                    f"gives module {entry.path} restored_rank {record.restored_rank}, which its "
+                    f"encoding {entry.encoding} cannot have",
+                    path=blob.where,
+                )
         return metadata
+
+    def records(
+        self, metadata: AdapterMetadata
+    ) -> Iterator[tuple[RestoringModule, RestoredModuleRecord]]:
+        """Yield each module of an adapter as the generation and as the adapter describes it."""
+        entries = self.modules
+        for record in metadata.modules:
+            entry = entries[record.path]
+            if not isinstance(entry, FactorsModule | DeltaModule):  # narrowing only
+                yield entry, record
+
+    def recorded_errors(
+        self, blob: BlobReader, metadata: AdapterMetadata
+    ) -> dict[str, ModuleErrors]:
+        """Return the errors an adapter's blob records, by module path.
+
+        Raises:
+            TensorMismatchError: They are missing, of a wrong shape, negative, or NaN anywhere but
+                where a module gives back no factors to have an error.
+        """
+        tensors = {}
+        for kind in ("factors", "delta"):
+            tensor = blob.array(f"errors/{kind}")
+            if tensor.dtype != np.float64 or tensor.shape != (len(metadata.modules),):
+                raise TensorMismatchError(
+                    f"tensor 'errors/{kind}' has dtype {tensor.dtype} and shape {tensor.shape}, "
+                    f"expected float64 and {(len(metadata.modules),)}",
+                    path=blob.where,
+                )
+            tensors[kind] = tensor
+        errors = {}
+        for index, (entry, _) in enumerate(self.records(metadata)):
+            factors, delta = (float(tensors[kind][index]) for kind in ("factors", "delta"))
+            no_factors = entry.restores == "delta"
+            if not (delta >= 0 and (math.isnan(factors) if no_factors else factors >= 0)):
+                raise TensorMismatchError(
+                    f"recorded errors of module {entry.path} are {factors} of the factors and "
+                    f"{delta} of the delta, NaN or negative where a number ≥ 0 is expected (no "
+                    "factors come back from some encodings: there, and only there, NaN is right)",
+                    path=blob.where,
+                )
+            errors[entry.path] = ModuleErrors(factors=None if no_factors else factors, delta=delta)
+        return errors
+
+    def shared_tensors(self, entry: ModuleEntry) -> dict[str, Array]:
+        """Return a module's shared tensors, as read-only views of the bundle's file.
+
+        Raises:
+            BundleError: The blob is missing, damaged or malformed.
+        """
+        if entry.blob is None:
+            return {}
+        return self._tensors(self.shared_blob(entry.blob), entry.path, entry.shared_layout())
 
     def shared_blob(self, index: int) -> BlobReader:
         """Return a shared blob, its digest checked once however many threads ask.
@@ -402,27 +472,51 @@ class Bundle:
         file = blob_file(self.path, descriptor)
         return BlobReader(file, where=str(file))
 
-    def _factors(
+    def _restored(
         self, own: BlobReader, metadata: AdapterMetadata, dtype: FloatDtype | None
-    ) -> Iterator[tuple[RestoredModuleRecord, Array, Array]]:
-        entries = self.modules
-        for record in metadata.modules:
-            entry = entries[record.path]
-            tensors = {
-                **self._tensors(self.shared_blob(entry.blob), entry, entry.shared_shapes()),
-                **self._tensors(own, entry, entry.adapter_shapes()),
-            }
-            where = f"{record.path}, adapter {metadata.name!r}"
-            yield record, *restore_affine_basis(tensors, dtype=dtype or record.dtype, where=where)
+    ) -> Iterator[tuple[str, AnyRestored]]:
+        errors = self.recorded_errors(own, metadata)
+        for entry, record in self.records(metadata):
+            layout = entry.adapter_layout(record.restored_rank)
+            restored = restore_module(
+                entry,
+                {**self.shared_tensors(entry), **self._tensors(own, entry.path, layout)},
+                scaling=record.scaling,
+                dtype=dtype or record.dtype,
+                where=f"{entry.path}, adapter {metadata.name!r}",
+            )
+            if isinstance(restored, tuple):
+                yield (
+                    entry.path,
+                    RestoredModule(
+                        A=restored[0],
+                        B=restored[1],
+                        scaling=record.scaling,
+                        source_scaling=record.source_scaling,
+                        source_rank=record.rank,
+                        source_dtype=record.dtype,
+                        errors=errors[entry.path],
+                    ),
+                )
+            else:
+                yield (
+                    entry.path,
+                    RestoredDelta(
+                        delta=restored,
+                        source_scaling=record.source_scaling,
+                        source_rank=record.rank,
+                        source_dtype=record.dtype,
+                        errors=errors[entry.path],
+                    ),
+                )
 
-    def _tensors(
-        self, blob: BlobReader, entry: ModuleEntry, shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Array]:
-        dtype = FLOAT_DTYPES[self.generation.store_dtype]
-        return {
-            name: expect(blob, f"modules/{entry.path}/{name}", dtype, shape)
-            for name, shape in shapes.items()
-        }
+    def _tensors(self, blob: BlobReader, path: str, layouts: Layouts) -> dict[str, Array]:
+        tensors = {}
+        for name, layout in layouts.items():
+            full = f"modules/{path}/{name}"
+            tensors[name] = blob.array(full)
+            check_tensor(full, tensors[name], layout, self.generation.store_dtype, where=blob.where)
+        return tensors
 
     def _origin(self) -> Origin:
         return Origin(
@@ -430,42 +524,6 @@ class Bundle:
             digest=self.generations[-1].document.digest,
             generation=self.generation,
         )
-
-
-def expect(
-    blob: BlobReader, name: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]
-) -> Array:
-    """Return tensor `name` of `blob` if it has this dtype and shape.
-
-    Raises:
-        TensorMismatchError: It is missing, or has not.
-    """
-    tensor = blob.array(name)
-    if tensor.dtype != dtype or tensor.shape != shape:
-        raise TensorMismatchError(
-            f"tensor {name!r} has dtype {tensor.dtype} and shape {tensor.shape}, expected {dtype} "
-            f"and {shape}",
-            path=blob.where,
-        )
-    return tensor
-
-
-def recorded_errors(blob: BlobReader, metadata: AdapterMetadata) -> dict[str, ModuleErrors]:
-    """Return the errors an adapter's blob records, by module path.
-
-    Raises:
-        TensorMismatchError: They are missing, of a wrong shape, NaN or negative.
-    """
-    count = (len(metadata.modules),)
-    factors = expect(blob, "errors/factors", DTYPES["F64"], count)
-    delta = expect(blob, "errors/delta", DTYPES["F64"], count)
-    # Not "any below 0": NaN is to be refused as well.
-    if not (bool((factors >= 0).all()) and bool((delta >= 0).all())):
-        raise TensorMismatchError("recorded errors hold NaN or negative numbers", path=blob.where)
-    return {
-        record.path: ModuleErrors(factors=float(of_factors), delta=float(of_delta))
-        for record, of_factors, of_delta in zip(metadata.modules, factors, delta, strict=True)
-    }
 
 
 def _amount(blob: BlobReader, prefix: str) -> Amount:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from unmerge_bundle.arrays import FLOAT_DTYPES, Array, FloatDtype, all_finite, round_to
 from unmerge_bundle.card import merged_card, restored_card
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
-from unmerge_bundle.errors import WrongKindError
+from unmerge_bundle.errors import InvalidInputError, WrongKindError
 from unmerge_bundle.measure import relative_errors
 from unmerge_bundle.model import Generation, ModuleErrors, Source
 from unmerge_bundle.peft import (
@@ -22,8 +23,17 @@ from unmerge_bundle.peft import (
     write_directory,
     written_factors,
 )
+from unmerge_bundle.reduce import reduce_delta, reduce_factors
 
-__all__ = ["MergedAdapter", "Origin", "RestoredAdapter", "RestoredModule", "SavedAdapter"]
+__all__ = [
+    "AnyRestored",
+    "MergedAdapter",
+    "Origin",
+    "RestoredAdapter",
+    "RestoredDelta",
+    "RestoredModule",
+    "SavedAdapter",
+]
 
 _Factors = tuple[Array, Array]
 
@@ -47,23 +57,27 @@ class SavedAdapter:
             relative difference, over the modules, of the written delta from the recorded one
             (`‖written − recorded‖ / ‖recorded‖`). The recorded delta is the one the bundle's
             errors are about, that of the factors restored in their source's dtype, or the merged
-            result's own. 0 where exactly those factors are written.
+            result's own. 0 where exactly those factors are written. Where a module was reduced to
+            a smaller rank, the difference is that from the reduced delta.
+        truncation: How far the reduction to a rank took any module's delta, relative to it: the
+            largest `‖reduced − delta‖ / ‖delta‖`. 0 where nothing was reduced.
     """
 
     directory: Path
     rounding: float
+    truncation: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RestoredModule:
-    """One module of a restored adapter; its delta is `scaling · B @ A`.
+    """One module of a restored adapter as factors; its delta is `scaling · B @ A`.
 
     Attributes:
         A: `(r, d_in)`, in the dtype restored to.
         B: `(d_out, r)`, likewise.
         scaling: What these factors are used with.
         source_scaling: What the original's factors were used with.
-        source_rank: Rank of the original's factors; r may be larger.
+        source_rank: Rank of the original's factors; r may be larger or smaller.
         source_dtype: Dtype of the original's factors.
         errors: Recorded errors against the original, of the factors restored in `source_dtype`.
     """
@@ -77,13 +91,35 @@ class RestoredModule:
     errors: ModuleErrors
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RestoredDelta:
+    """One module of a restored adapter as a dense delta.
+
+    Attributes:
+        delta: `(d_out, d_in)`, its scaling inside, in the dtype restored to.
+        source_scaling: What the original's factors were used with.
+        source_rank: Rank of the original's factors.
+        source_dtype: Dtype of the original's factors.
+        errors: Recorded errors against the original, of the delta restored in `source_dtype`.
+    """
+
+    delta: Array
+    source_scaling: float
+    source_rank: int
+    source_dtype: FloatDtype
+    errors: ModuleErrors
+
+
+AnyRestored: TypeAlias = RestoredModule | RestoredDelta
+
+
 @dataclass(frozen=True, eq=False)
 class RestoredAdapter:
     """One adapter, complete: factors, the tensors kept verbatim, its configuration.
 
     Attributes:
         name: The adapter's name.
-        modules: By module path, sorted.
+        modules: By module path, sorted: factors, or a dense delta where the encoding has no more.
         verbatim: Tensors that are no low-rank update, by their key in the source.
         config: Text of the source's configuration file, byte for byte, or "".
         format: Format the source was read from.
@@ -91,12 +127,12 @@ class RestoredAdapter:
         revision: Its revision, where known.
         source_digest: Digest of the original.
         origin: The bundle it came from.
-        exact: Gives path, A and B of every module again, in float32, from the bundle's files;
-            needed only to write another form or dtype than the one restored to.
+        exact: Gives every module again by path, in float32, from the bundle's files; needed only
+            to write another form or dtype than the one restored to.
     """
 
     name: str
-    modules: Mapping[str, RestoredModule]
+    modules: Mapping[str, AnyRestored]
     verbatim: Mapping[str, Array]
     config: str
     format: str
@@ -104,15 +140,17 @@ class RestoredAdapter:
     revision: str | None
     source_digest: str
     origin: Origin
-    exact: Callable[[], Iterator[tuple[str, Array, Array]]]
+    exact: Callable[[], Iterator[tuple[str, AnyRestored]]]
 
     def delta(self, path: str) -> Array:
-        """Return `scaling · B @ A` of one module, float32, `(d_out, d_in)`.
+        """Return the update of one module, float32, `(d_out, d_in)`.
 
         Raises:
             KeyError: The adapter has no such module.
         """
         module = self.modules[path]
+        if isinstance(module, RestoredDelta):
+            return module.delta.astype(np.float32)
         return _product(module.A, module.B) * np.float32(module.scaling)
 
     def save_peft(
@@ -120,14 +158,16 @@ class RestoredAdapter:
         directory: str | os.PathLike[str],
         *,
         portable: bool = False,
+        rank: int | None = None,
         dtype: FloatDtype | None = None,
         overwrite: bool = False,
     ) -> SavedAdapter:
         """Write a PEFT directory: configuration, weights, model card.
 
         The original configuration is kept byte for byte where it still describes the factors:
-        the source was PEFT's and every module has its source's scaling and rank. Otherwise, and
-        with `portable`, every scaling is folded into B, every module zero-padded to one rank and
+        the source was PEFT's, every module has its source's scaling, and none has a larger rank
+        than its source; those of a smaller one are zero-padded to it. Otherwise, and with
+        `portable`, every scaling is folded into B, every module zero-padded to one rank and
         `lora_alpha` set to it, so that software that reads nothing but `lora_alpha / r` gets the
         same delta.
 
@@ -139,48 +179,48 @@ class RestoredAdapter:
         Args:
             directory: The directory to write.
             portable: Ask for the portable form.
+            rank: Largest rank of a module, in the portable form: a dense delta, or factors of a
+                larger rank, become the best approximation of this rank, in float64. Needed where a
+                module is a dense delta; otherwise nothing is reduced unless it is given.
             dtype: Dtype of the factors, by default the one they were restored to.
             overwrite: Replace an existing adapter directory.
 
         Returns:
-            The directory, and what rounding added to the recorded errors.
+            The directory, and what rounding and reduction added to the recorded errors.
 
         Raises:
-            InvalidInputError: `directory` cannot be a path.
+            WrongKindError: A module is a dense delta, which is no adapter without a rank.
+            InvalidInputError: `rank` is below 1, or `directory` cannot be a path.
             OutputExistsError: The directory exists and may not be replaced.
             NonFiniteError: A value overflows the dtype.
             ManifestError: The original configuration is needed and is not valid JSON.
             BundleError: The bundle is read again, and a blob is missing or damaged.
         """
-        portable = portable or not self._fits_its_config()
-        rank = max(len(module.A) for module in self.modules.values())
+        dense = [path for path, m in self.modules.items() if isinstance(m, RestoredDelta)]
+        _check_rank(rank, dense, of=len(self.modules), where=f"adapter {self.name!r}")
+        ranks = {path: _written_rank(module, rank) for path, module in self.modules.items()}
+        portable = portable or not self._fits_its_config(ranks)
+        widest = max(ranks.values())
         written: dict[str, _Factors] = {}
-        rounding = 0.0
-        if not portable and self._is_recorded_in(dtype):
-            written = {path: (module.A, module.B) for path, module in self.modules.items()}
-        else:
-            for path, A, B in self._exact():
-                module = self.modules[path]
-                written[path] = written_factors(
-                    A,
-                    B,
-                    dtype=FLOAT_DTYPES[dtype] if dtype else module.A.dtype,
-                    scaling=module.scaling if portable else 1.0,
-                    rank=rank if portable else None,
-                    path=path,
-                )
-                recorded = FLOAT_DTYPES[module.source_dtype]
-                difference = _difference(
-                    (round_to(A, recorded), round_to(B, recorded)),
-                    written[path],
-                    recorded_scaling=module.scaling,
-                    written_scaling=1.0 if portable else module.scaling,
-                )
-                rounding = max(rounding, difference)
+        rounding = truncation = 0.0
+        for path, exact in self._written_from(dtype, portable=portable):
+            module = self.modules[path]
+            result = _write(
+                exact,
+                rank=ranks[path],
+                padded=widest if portable else module.source_rank,
+                fold=portable,
+                recorded=FLOAT_DTYPES[module.source_dtype],
+                dtype=FLOAT_DTYPES[dtype] if dtype else _held(module).dtype,
+                path=path,
+            )
+            written[path] = result.factors
+            rounding = max(rounding, result.rounding)
+            truncation = max(truncation, result.truncation)
         if portable:
             config = portable_config(
                 paths=list(self.modules),
-                rank=rank,
+                rank=widest,
                 base_model=self.base_model,
                 revision=self.revision,
                 original=parse_config(self.config) if self.format == "peft" else {},
@@ -192,33 +232,35 @@ class RestoredAdapter:
             config=config,
             factors=written,
             verbatim=self.verbatim,
-            card=restored_card(self, written, portable=portable, rounding=rounding),
+            card=restored_card(
+                self, written, portable=portable, rounding=rounding, truncation=truncation
+            ),
             overwrite=overwrite,
         )
-        return SavedAdapter(Path(directory), rounding)
+        return SavedAdapter(Path(directory), rounding, truncation)
 
-    def _fits_its_config(self) -> bool:
+    def _fits_its_config(self, ranks: Mapping[str, int]) -> bool:
         return (
             self.format == "peft"
             and self.config != ""
             and all(
-                module.scaling == module.source_scaling and len(module.A) == module.source_rank
-                for module in self.modules.values()
+                isinstance(module, RestoredModule)
+                and module.scaling == module.source_scaling
+                and ranks[path] == len(module.A) <= module.source_rank
+                for path, module in self.modules.items()
             )
         )
 
-    def _is_recorded_in(self, dtype: FloatDtype | None) -> bool:
-        """Return whether the factors held are the recorded ones, and `dtype` keeps them so."""
-        return all(
-            module.A.dtype == FLOAT_DTYPES[module.source_dtype]
-            and dtype in (None, module.source_dtype)
-            for module in self.modules.values()
+    def _written_from(
+        self, dtype: FloatDtype | None, *, portable: bool
+    ) -> Iterable[tuple[str, AnyRestored]]:
+        """Return what is written from: the float32 reconstruction, or what is held if as good."""
+        held = [(_held(module).dtype, module.source_dtype) for module in self.modules.values()]
+        wide = all(found == np.float32 for found, _ in held)
+        recorded = not portable and all(
+            found == FLOAT_DTYPES[source] and dtype in (None, source) for found, source in held
         )
-
-    def _exact(self) -> Iterator[tuple[str, Array, Array]]:
-        if all(module.A.dtype == np.float32 for module in self.modules.values()):
-            return ((path, module.A, module.B) for path, module in self.modules.items())
-        return self.exact()
+        return self.modules.items() if wide or recorded else self.exact()
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +311,7 @@ class MergedAdapter:
         self,
         directory: str | os.PathLike[str],
         *,
+        rank: int | None = None,
         dtype: FloatDtype | None = None,
         overwrite: bool = False,
     ) -> SavedAdapter:
@@ -276,54 +319,170 @@ class MergedAdapter:
 
         Args:
             directory: The directory to write.
+            rank: Largest rank of a module: a full-rank delta, or factors of a larger rank, become
+                the best approximation of this rank, in float64. Needed where a module is a
+                full-rank delta; otherwise nothing is reduced unless it is given.
             dtype: Dtype of the factors, by default the bundle's.
             overwrite: Replace an existing adapter directory.
 
         Returns:
-            The directory, and how far `dtype` took the deltas from the bundle's.
+            The directory, and how far `dtype` and `rank` took the deltas from the bundle's.
 
         Raises:
             WrongKindError: A module holds a full-rank delta, which is no adapter without a rank.
-            InvalidInputError: `directory` cannot be a path.
+            InvalidInputError: `rank` is below 1, or `directory` cannot be a path.
             OutputExistsError: The directory exists and may not be replaced.
             NonFiniteError: A value overflows the dtype.
         """
-        factors: dict[str, _Factors] = {}
-        dense: list[str] = []
-        for path, module in self.modules.items():
-            if isinstance(module, DeltaEncoding):
-                dense.append(path)
-            else:
-                factors[path] = (module.A, module.B)
-        if dense:
-            raise WrongKindError(
-                f"{len(dense)} of {len(self.modules)} modules hold a full-rank delta, the first "
-                f"is {dense[0]}; an adapter needs factors, and this release does not reduce a "
-                "delta to them: read it with merged().delta(path)",
-                path=self.origin.bundle,
-            )
-        rank = max(len(A) for A, _ in factors.values())
-        target = FLOAT_DTYPES[dtype or self.origin.generation.store_dtype]
-        written = {
-            path: written_factors(A, B, dtype=target, rank=rank, path=path)
-            for path, (A, B) in factors.items()
+        dense = [path for path, m in self.modules.items() if isinstance(m, DeltaEncoding)]
+        _check_rank(rank, dense, of=len(self.modules), where=self.origin.bundle)
+        store_dtype = self.origin.generation.store_dtype
+        held: dict[str, AnyRestored] = {
+            path: _as_restored(module, store_dtype) for path, module in self.modules.items()
         }
-        rounding = max(_difference(factors[path], written[path]) for path in factors)
+        ranks = {path: _written_rank(module, rank) for path, module in held.items()}
+        written: dict[str, _Factors] = {}
+        rounding = truncation = 0.0
+        for path, module in held.items():
+            result = _write(
+                module,
+                rank=ranks[path],
+                padded=max(ranks.values()),
+                fold=True,
+                recorded=FLOAT_DTYPES[store_dtype],
+                dtype=FLOAT_DTYPES[dtype or store_dtype],
+                path=path,
+            )
+            written[path] = result.factors
+            rounding = max(rounding, result.rounding)
+            truncation = max(truncation, result.truncation)
         write_directory(
             Path(directory),
             config=portable_config(
-                paths=list(factors),
-                rank=rank,
+                paths=list(written),
+                rank=max(ranks.values()),
                 base_model=self.base_model,
                 revision=self.revision,
                 original={},
             ),
             factors=written,
             verbatim={},
-            card=merged_card(self, written, rounding=rounding),
+            card=merged_card(self, written, rounding=rounding, truncation=truncation),
             overwrite=overwrite,
         )
-        return SavedAdapter(Path(directory), rounding)
+        return SavedAdapter(Path(directory), rounding, truncation)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Written:
+    factors: _Factors
+    rounding: float
+    truncation: float
+
+
+def _write(
+    exact: AnyRestored,
+    *,
+    rank: int,
+    padded: int,
+    fold: bool,
+    recorded: np.dtype[Any],
+    dtype: np.dtype[Any],
+    path: str,
+) -> _Written:
+    """Return a module's factors as they are written, and what that changes.
+
+    Args:
+        exact: The module before anything is rounded.
+        rank: Rank to reduce it to, if it is dense or of a larger one.
+        padded: Rank to append zeros up to.
+        fold: Whether its scaling is multiplied into B.
+        recorded: Dtype in which the bundle's errors are recorded for it.
+        dtype: Dtype written.
+        path: The module, for errors.
+    """
+    truncation = 0.0
+    if isinstance(exact, RestoredModule) and len(exact.A) == rank:
+        A, B, scaling = exact.A, exact.B, exact.scaling
+        promised = round_to(A, recorded), round_to(B, recorded)
+    else:
+        reduced = (
+            reduce_delta(exact.delta, rank)
+            if isinstance(exact, RestoredDelta)
+            else reduce_factors(exact.A, exact.scaling * exact.B.astype(np.float64), rank)
+        )
+        A, B, scaling = reduced.A, reduced.B, 1.0
+        promised = A, B
+        truncation = reduced.error
+    factors = written_factors(
+        A, B, dtype=dtype, scaling=scaling if fold else 1.0, rank=padded, path=path
+    )
+    rounding = _difference(
+        promised,
+        factors,
+        recorded_scaling=scaling,
+        written_scaling=1.0 if fold else scaling,
+    )
+    return _Written(factors, rounding, truncation)
+
+
+def _written_rank(module: AnyRestored, rank: int | None) -> int:
+    if isinstance(module, RestoredDelta):
+        smaller: int = min(module.delta.shape)
+        return min(rank or 1, smaller)  # a rank is given: `_check_rank` has seen to it
+    return min(rank or len(module.A), len(module.A))
+
+
+def _held(module: AnyRestored) -> Array:
+    return module.delta if isinstance(module, RestoredDelta) else module.A
+
+
+def _as_restored(
+    module: FactorsEncoding[Array] | DeltaEncoding[Array], dtype: FloatDtype
+) -> AnyRestored:
+    """Return a merged module in the shape of a restored one: the merge is its own source."""
+    errors = ModuleErrors(factors=None, delta=0.0)
+    if isinstance(module, DeltaEncoding):
+        return RestoredDelta(
+            delta=module.delta,
+            source_scaling=1.0,
+            source_rank=min(module.shape),
+            source_dtype=dtype,
+            errors=errors,
+        )
+    return RestoredModule(
+        A=module.A,
+        B=module.B,
+        scaling=1.0,
+        source_scaling=1.0,
+        source_rank=len(module.A),
+        source_dtype=dtype,
+        errors=errors,
+    )
+
+
+def _check_rank(rank: int | None, dense: Sequence[str], *, of: int, where: str) -> None:
+    """Refuse a rank below 1, and a missing one where modules are dense deltas.
+
+    Args:
+        rank: The rank asked for.
+        dense: Paths of the modules that are dense deltas.
+        of: Number of modules.
+        where: What is to be written, for errors.
+
+    Raises:
+        InvalidInputError: The rank is below 1.
+        WrongKindError: It is missing and needed.
+    """
+    if rank is not None and rank < 1:
+        raise InvalidInputError(f"rank is {rank}, expected at least 1", path=where)
+    if dense and rank is None:
+        raise WrongKindError(
+            f"{len(dense)} of {of} modules hold a full-rank delta, the first is {dense[0]}; an "
+            "adapter needs factors: give the rank to reduce them to (rank=16 in Python, --rank 16 "
+            "on the command line; the error is reported), or read them with delta(path)",
+            path=where,
+        )
 
 
 def _product(A: Array, B: Array) -> Array:

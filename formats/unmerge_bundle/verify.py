@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from unmerge_bundle.arrays import FLOAT_DTYPES, Array
+from unmerge_bundle.arrays import Array
 from unmerge_bundle.blob import BlobReader
 from unmerge_bundle.errors import (
     BundleError,
@@ -19,7 +19,7 @@ from unmerge_bundle.errors import (
     ReconstructionMismatchError,
     TensorMismatchError,
 )
-from unmerge_bundle.measure import relative_errors
+from unmerge_bundle.measure import compare
 from unmerge_bundle.model import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
@@ -27,14 +27,9 @@ from unmerge_bundle.model import (
     Manifest,
     parse_manifest,
 )
-from unmerge_bundle.reader import (
-    Bundle,
-    expect,
-    load_generation,
-    read_limited,
-    recorded_errors,
-)
-from unmerge_bundle.restored import RestoredAdapter
+from unmerge_bundle.modules import check_tensor
+from unmerge_bundle.reader import Bundle, load_generation, read_limited
+from unmerge_bundle.restored import AnyRestored, RestoredModule
 
 __all__ = ["UNKNOWN_SOURCE", "Depth", "Problem", "VerifyReport", "verify"]
 
@@ -197,25 +192,26 @@ class _Run:
         return bundle
 
     def _check_blobs(self, bundle: Bundle) -> None:
-        dtype = FLOAT_DTYPES[bundle.generation.store_dtype]
+        dtype = bundle.generation.store_dtype
         for index, descriptor in enumerate(bundle.generation.shared):
             with self.collecting():
                 blob = self._open(bundle, descriptor)
                 for entry in bundle.generation.modules:
                     if entry.blob == index:
-                        for tensor, shape in entry.shared_shapes().items():
-                            expect(blob, f"modules/{entry.path}/{tensor}", dtype, shape)
-        modules = bundle.modules
+                        for tensor, layout in entry.shared_layout().items():
+                            name = f"modules/{entry.path}/{tensor}"
+                            check_tensor(name, blob.array(name), layout, dtype, where=blob.where)
         for adapter in bundle.generation.adapters:
             with self.collecting():
                 blob = self._open(bundle, adapter.blob)
                 metadata = bundle.adapter_metadata(adapter.name, blob)
-                for record in metadata.modules:
-                    for tensor, shape in modules[record.path].adapter_shapes().items():
-                        expect(blob, f"modules/{record.path}/{tensor}", dtype, shape)
+                for entry, record in bundle.records(metadata):
+                    for tensor, layout in entry.adapter_layout(record.restored_rank).items():
+                        name = f"modules/{entry.path}/{tensor}"
+                        check_tensor(name, blob.array(name), layout, dtype, where=blob.where)
                 for key in metadata.verbatim:
                     blob.array(f"verbatim/{key}")
-                recorded_errors(blob, metadata)
+                bundle.recorded_errors(blob, metadata)
 
     def _open(self, bundle: Bundle, descriptor: Descriptor) -> BlobReader:
         blob = bundle.open_blob(descriptor)
@@ -258,44 +254,57 @@ class _Run:
             return
         for name in bundle.adapters:
             with self.collecting():
-                adapter = bundle.restore(name)
-                self.adapters += 1
-                if originals is not None and name not in self.not_original:
-                    self._compare_factors(bundle, adapter, originals(name))
-                    self.compared += 1
+                compared = originals is not None and name not in self.not_original
+                self._check_adapter(
+                    bundle, name, originals(name) if originals is not None and compared else None
+                )
 
-    def _compare_factors(
-        self,
-        bundle: Bundle,
-        adapter: RestoredAdapter,
-        factors: Mapping[str, tuple[Array, Array]],
+    def _check_adapter(
+        self, bundle: Bundle, name: str, factors: Mapping[str, tuple[Array, Array]] | None
     ) -> None:
-        listed = bundle.modules.keys()
-        # Listed, but not for this adapter: the bundle says that the original lacks the module.
-        if differing := sorted((factors.keys() & listed) ^ adapter.modules.keys()):
-            raise TensorMismatchError(
-                f"the original and the restored adapter differ in module {differing[0]!r} "
-                f"and {len(differing) - 1} more; is it the right original?",
-                path=f"adapter {adapter.name!r}",
-            )
-        self.left_out |= factors.keys() - listed
-        for path, module in adapter.modules.items():
-            where = f"{path}, adapter {adapter.name!r}"
-            with self.collecting():
-                try:
-                    measured = relative_errors(
-                        factors[path],
-                        (module.A, module.B),
-                        source_scaling=module.source_scaling,
-                        scaling=module.scaling,
-                    )
-                except ValueError as problem:
-                    raise TensorMismatchError(str(problem), path=where) from problem
-                for kind, recorded, found in (
-                    ("factor", module.errors.factors, measured.factors),
-                    ("delta", module.errors.delta, measured.delta),
-                ):
-                    _compare(where, kind, recorded, found)
+        """Restore an adapter, one module at a time, and compare it with `factors` if given."""
+        if factors is not None:
+            listed = bundle.modules.keys()
+            own = frozenset(bundle.generation.adapter_paths(name))
+            self.left_out |= factors.keys() - listed
+            # Listed, but not for this adapter: the bundle says that the original lacks the module.
+            if differing := sorted((factors.keys() & listed) ^ own):
+                message = (
+                    f"the original and the restored adapter differ in module {differing[0]!r} "
+                    f"and {len(differing) - 1} more; is it the right original?"
+                )
+                self.report(Problem(TensorMismatchError.code, f"adapter {name!r}", message))
+                factors = None
+        for path, module in bundle.restore_modules(name):
+            if factors is not None:
+                with self.collecting():
+                    _compare_module(f"{path}, adapter {name!r}", module, factors[path])
+        self.adapters += 1
+        self.compared += factors is not None
+
+
+def _compare_module(where: str, module: AnyRestored, original: tuple[Array, Array]) -> None:
+    restored, scaling = (
+        ((module.A, module.B), module.scaling)
+        if isinstance(module, RestoredModule)
+        else (module.delta, 1.0)
+    )
+    try:
+        measured = compare(
+            original,
+            restored,
+            restores="delta" if module.errors.factors is None else "factors",
+            source_scaling=module.source_scaling,
+            scaling=scaling,
+        )
+    except ValueError as problem:
+        raise TensorMismatchError(str(problem), path=where) from problem
+    for kind, recorded, found in (
+        ("factor", module.errors.factors, measured.factors),
+        ("delta", module.errors.delta, measured.delta),
+    ):
+        if recorded is not None and found is not None:
+            _compare(where, kind, recorded, found)
 
 
 def _compare(where: str, kind: str, recorded: float, found: float) -> None:

@@ -387,7 +387,7 @@ def test_errors_are_numbers_that_mean_something() -> None:
 def test_a_document_that_is_too_large_is_never_published(
     tmp_path: Path, make_merged: MakeZoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unmerge_bundle.writer.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("unmerge_bundle.documents.MAX_DOCUMENT_BYTES", 100)
     with pytest.raises(ManifestError, match="at most 100"):
         make_merged().write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
