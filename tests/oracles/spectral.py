@@ -190,7 +190,11 @@ def lore(
     thetas = [dense(part) for part in parts]
     base, deltas = low_rank_estimate(thetas, mu, iterations, warmup=warmup, rank_ratio=rank_ratio)
     if finish == "ties":
-        tau = ties_rule(density=density)(deltas, [1.0] * len(deltas))
+        # Two models have δ_2 = −δ_1: a vote that is drawn but for rounding keeps nothing.
+        total, most = np.sum(deltas, axis=0), np.sum(np.abs(deltas), axis=0)
+        drawn = np.abs(total) <= 1e-12 * most
+        kept = ties_rule(density=density)(deltas, [1.0] * len(deltas))
+        tau = np.where(drawn, 0.0, kept)
     else:
         tau = np.zeros_like(base)
         for delta in deltas:

@@ -23,6 +23,11 @@ class Aligned(NamedTuple):
         return delta
 
 
+def _cleaned(block: Matrix) -> Matrix:
+    """Set to zero what is zero but for rounding, so that it takes no part in a trim or a vote."""
+    return np.where(np.abs(block) > 1e-13 * np.abs(block).max(), block, 0.0)
+
+
 def knots_blocks(
     parts: Sequence[Part], *, axis: Literal["output", "input"] = "output", cutoff: float = 1e-7
 ) -> Aligned:
@@ -34,12 +39,12 @@ def knots_blocks(
     deltas = [dense(part) for part in parts]
     if axis == "input":
         deltas = [delta.T for delta in deltas]
-    U, S, Vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
-    rank = numerical_rank(S, cutoff)
-    signs = canonical_signs(U[:, :rank])
-    U, Vt = U[:, :rank] * signs, Vt[:rank] * signs[:, None]
+    U, S, _ = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
+    U = U[:, : numerical_rank(S, cutoff)]
+    U = U * canonical_signs(U)
     width = deltas[0].shape[1]
-    blocks = [S[:rank, None] * Vt[:, i * width : (i + 1) * width] for i in range(len(deltas))]
+    # `Uᵀ Δ_i` is `Σ V_iᵀ`, and exactly zero for a zero adapter.
+    blocks = [_cleaned(U.T @ delta) for delta in deltas]
     if axis == "input":
         return Aligned(np.eye(width), [block.T for block in blocks], U.T)
     return Aligned(U, blocks, np.eye(width))
@@ -50,7 +55,8 @@ def core_blocks(parts: Sequence[Part], *, balance: bool = True, cutoff: float = 
 
     `U_B` are the left singular vectors of `[B_1 … B_N]`, `V_A` the right ones of the stacked A.
     `balance` first brings every adapter to its SVD form `B = U √Σ`, `A = √Σ Vᵀ`, scaling included,
-    so that the bases depend on the deltas only; the authors take the factors as they come.
+    so that the bases depend on the deltas only; the authors take the factors as they come (here the
+    scaling, which their code leaves out, then is a part of B).
     """
     As, Bs = [], []
     for A, B, scaling, weight in parts:
@@ -61,14 +67,14 @@ def core_blocks(parts: Sequence[Part], *, balance: bool = True, cutoff: float = 
             Bs.append(U[:, :rank] * roots)
             As.append(roots[:, None] * Vt[:rank])
         else:
-            Bs.append(np.asarray(B, np.float64))
+            Bs.append(float(scaling) * np.asarray(B, np.float64))
             As.append(np.asarray(A, np.float64))
     U, S, _ = np.linalg.svd(np.concatenate(Bs, axis=1), full_matrices=False)
     U = U[:, : numerical_rank(S, cutoff)]
     _, S, Vt = np.linalg.svd(np.concatenate(As, axis=0), full_matrices=False)
     Vt = Vt[: numerical_rank(S, cutoff)]
     U, Vt = U * canonical_signs(U), Vt * canonical_signs(Vt.T)[:, None]
-    return Aligned(U, [U.T @ dense(part) @ Vt.T for part in parts], Vt)
+    return Aligned(U, [_cleaned(U.T @ dense(part) @ Vt.T) for part in parts], Vt)
 
 
 def knots(
