@@ -124,8 +124,10 @@ class MmSvd(Merger, frozen=True):
             NonFiniteError: Its result is not finite.
         """
         merged: list[Encoding[torch.Tensor]] = []
-        for module, encoding in zip(stack, self.inner.merge(stack, context), strict=True):
-            result = self._decompose(encoding, self._choice(module.shape))
+        # Not `for module in stack`: that would copy all factors a second time.
+        largest: list[int] = stack.ranks.amax(dim=1).tolist()
+        for rank, encoding in zip(largest, self.inner.merge(stack, context), strict=True):
+            result = self._decompose(encoding, self._choice(rank))
             A, B = result.svd.factors(self.split)
             own = {"rank": result.svd.S.shape[0], "truncation_error": result.relative_error}
             merged.append(FactorsEncoding(A=A, B=B, facts=_beside(encoding.facts, own)))
@@ -138,7 +140,7 @@ class MmSvd(Merger, frozen=True):
         makes a difference.
         """
         inner = self.inner.predict(shape)
-        wanted = self._choice(shape).rank
+        wanted = self._choice(max(shape.ranks)).rank
         if inner is None or wanted is None:
             return None
         sides, smaller = shape.d_out + shape.d_in, min(shape.d_out, shape.d_in)
@@ -169,9 +171,10 @@ class MmSvd(Merger, frozen=True):
         inner = self.inner.lossless()
         return None if inner is None else MmSvd(inner=inner, split=self.split)
 
-    def _choice(self, shape: ModuleShape) -> RankChoice:
+    def _choice(self, largest: int) -> RankChoice:
+        """Return how much is kept, where the adapters' largest rank is `largest`."""
         if self.energy is None and self.error is None:
-            return RankChoice(rank=self.rank if self.rank is not None else max(shape.ranks))
+            return RankChoice(rank=self.rank if self.rank is not None else largest)
         return RankChoice(energy=self.energy, error=self.error)
 
     def _decompose(self, encoding: Encoding[torch.Tensor], choice: RankChoice) -> DenseSvd:
