@@ -79,8 +79,8 @@ class Jd(ReversibleMerger, frozen=True):
         )
 
     def lossless(self) -> ReversibleMerger:
-        """Return it with as many directions as the adapter has."""
-        return self.model_copy(update={"rank": None})
+        """Return it with a rank that is cut to Σ r_i, where nothing is lost."""
+        return self.model_copy(update={"rank": 1 << 20})
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:  # noqa: ARG002
         """Fit every module. O((d_out + d_in) R² + iterations · N R² k), R = Σ r_i.

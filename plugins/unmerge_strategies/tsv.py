@@ -37,9 +37,9 @@ class Tsv(Merger, frozen=True):
     direction at float32 and are left out; public code completes them arbitrarily.
 
     Source: "Task Singular Vectors: Reducing Task Interference in Model Merging" (arXiv
-    2412.00081), section 4.2 and Algorithm 1, by the same SVDs as the authors' code. k there is
-    ⌊min(d_out, d_in) / N⌋, made for full fine-tuning; for adapters that is at most r_i, and here
-    at least 1.
+    2412.00081), section 4.2 and Algorithm 1. k there is ⌊min(d_out, d_in) / N⌋, made for full
+    fine-tuning; here N counts the adapters that have the module, and k is at most r_i and at least
+    1.
     """
 
     method: ClassVar[str] = "tsv"
@@ -86,7 +86,7 @@ class Tsv(Merger, frozen=True):
 
     def predict(self, shape: ModuleShape) -> OutputSize:
         """Return at most what is stored: the elements of one adapter of rank Σ k_i."""
-        kept = sum(self._kept(shape, rank, len(shape.ranks)) for rank in shape.ranks)
+        kept = sum(self._kept(shape, rank) for rank in shape.ranks)
         rank = min(kept, shape.d_out, shape.d_in)
         return OutputSize(shared=rank * (shape.d_out + shape.d_in))
 
@@ -95,8 +95,8 @@ class Tsv(Merger, frozen=True):
         total = sum(shape.ranks)
         return 8 * (6 * shape.elements + 6 * total * total)
 
-    def _kept(self, shape: ModuleShape, rank: int, adapters: int) -> int:
-        share = max(1, min(shape.d_out, shape.d_in) // adapters)
+    def _kept(self, shape: ModuleShape, rank: int) -> int:
+        share = max(1, min(shape.d_out, shape.d_in) // len(shape.ranks))
         return min(rank, share if self.rank is None else self.rank)
 
     def _merge_module(
@@ -104,12 +104,11 @@ class Tsv(Merger, frozen=True):
     ) -> FactorsEncoding[torch.Tensor]:
         shape = module.shape
         weights = context.weights_of(module.adapters, self.absent)
-        adapters = len(context.weights if self.absent == "zero" else module.adapters)
         left, values, right = [], [], []
         total = lost = 0.0
         for factors, weight in zip(module.factors, weights, strict=True):
             A, B = concatenate([factors], [weight])
-            svd = svd_of_product(B, A, self._kept(shape, factors.rank, adapters))
+            svd = svd_of_product(B, A, self._kept(shape, factors.rank))
             rank = min(svd.S.shape[0], numerical_rank(svd.spectrum, STORED_PRECISION))
             left.append(svd.U[:, :rank])
             values.append(svd.S[:rank])
