@@ -333,9 +333,15 @@ class ElementwiseMerger(Merger, frozen=True, extra="forbid"):
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return the bytes of a row block in work and of the merged matrix."""
-        block = max(_BLOCK_BYTES // 4, TILE_ROWS * len(shape.ranks) * shape.d_in)
-        dense = len(shape.ranks) * shape.d_out * shape.d_in
-        return self.bytes_per_value * min(block, dense) + 4 * shape.d_out * shape.d_in
+        return self.matrix_bytes(len(shape.ranks), shape.d_out, shape.d_in)
+
+    def matrix_bytes(self, adapters: int, rows: int, cols: int) -> int:
+        """Return the most bytes that `merge_matrices` needs, its float32 result included.
+
+        What a wrapper counts for its inner rule; float64 matrices need twice as many.
+        """
+        block = max(_BLOCK_BYTES // 4, TILE_ROWS * adapters * cols)
+        return self.bytes_per_value * min(block, adapters * rows * cols) + 4 * rows * cols
 
     def _merge_module(self, module: StackModule, context: MergeContext) -> Encoding[torch.Tensor]:
         self.check(module.shape, context)

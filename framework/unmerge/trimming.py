@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from unmerge.elementwise import Block, Blocks, ElementwiseMerger
-from unmerge.kernels.sparsify import Cut, Entries, largest_magnitudes
+from unmerge.kernels.sparsify import COUNTERS, Cut, Entries, largest_magnitudes
 from unmerge.merger import Capabilities, MergeContext
 
 __all__ = ["Scope", "TrimmingMerger"]
@@ -37,6 +37,11 @@ class TrimmingMerger(ElementwiseMerger, frozen=True, extra="forbid"):
     def capabilities(self) -> Capabilities:
         """Needs a survey for one cut over all modules."""
         return replace(super().capabilities, needs_survey=self.scope == "model")
+
+    def matrix_bytes(self, adapters: int, rows: int, cols: int) -> int:
+        """Return those of the blocks, and the counters that find the cuts."""
+        counters = 0 if self.density == 1 else (adapters + 2) * 8 * COUNTERS
+        return super().matrix_bytes(adapters, rows, cols) + counters
 
     def measure(self, blocks: Blocks, context: MergeContext) -> Any:  # noqa: ARG002
         """Return the cut of every adapter, by name."""

@@ -28,6 +28,9 @@ from unmerge import (
 )
 from unmerge.kernels import shared_basis, svd_of_product
 
+# Singular values up to this fraction of the largest are rounding errors of zeros.
+_NOISE = 2.0**-44
+
 
 @dataclass(frozen=True, slots=True)
 class _Cores:
@@ -52,8 +55,9 @@ class CoreSpace(Merger, frozen=True):
     open, and with them the result of a rule that is not linear.
 
     Source: "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786,
-    section 4. Deviations: balancing (the paper takes the factors as they are), and scaling and
-    weights, which are applied here.
+    section 4. Deviations: balancing (the paper takes the factors as they are), cutting null
+    directions off, and scaling and weights, which are applied here; with `balance=False` the
+    scaling is a part of B.
     """
 
     method: ClassVar[str] = "core_space"
@@ -75,12 +79,13 @@ class CoreSpace(Merger, frozen=True):
 
     @property
     def capabilities(self) -> Capabilities:
-        """As the inner rule's; an adapter of any ranks' adapters, in any gauge if balanced."""
+        """As the inner rule's, for any ranks, in any gauge if balanced; a sign turns the bases."""
         return replace(
             self.inner.capabilities,
             factor_exact=False,
             mixed_ranks=True,
             gauge_invariant=self.balance,
+            sign_equivariant=False,
         )
 
     def check(self, shape: ModuleShape, context: MergeContext) -> None:
@@ -118,23 +123,21 @@ class CoreSpace(Merger, frozen=True):
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return float64 factors on both sides, bases, cores, and the inner rule's row blocks."""
         rows, columns = (min(sum(shape.ranks), size) for size in (shape.d_out, shape.d_in))
-        cores = replace(shape, d_out=rows, d_in=columns)
-        return 8 * (
-            6 * shape.elements + 3 * (rows * rows + columns * columns)
-        ) + self.inner.workspace_bytes(cores)
+        # Cores are float64.
+        inner = 2 * self.inner.matrix_bytes(len(shape.ranks), rows, columns)
+        return 8 * (6 * shape.elements + 3 * (rows * rows + columns * columns)) + inner
 
     def lossless(self) -> Merger | None:
-        """Return it with a lossless inner rule."""
+        """Return it with every direction kept and a lossless inner rule."""
         inner = self.inner.lossless()
-        return None if inner is None else self.model_copy(update={"inner": inner})
+        return None if inner is None else self.model_copy(update={"inner": inner, "cutoff": 0.0})
 
     def _cores(self, module: StackModule, context: MergeContext) -> _Cores:
         pairs = [_balanced(f) if self.balance else _scaled(f) for f in module.factors]
         left = shared_basis([B for _, B in pairs], self.cutoff)
         right = shared_basis([A.T for A, _ in pairs], self.cutoff)
-        dtype = torch.promote_types(module.factors[0].A.dtype, torch.float32)
         factors = tuple(
-            Factors(A=b.T.to(dtype).contiguous(), B=a.to(dtype).contiguous(), scaling=1.0)
+            Factors(A=b.T.contiguous(), B=a.contiguous(), scaling=1.0)
             for a, b in zip(left.blocks, right.blocks, strict=True)
         )
         cores = StackModule(path=module.path, adapters=module.adapters, factors=factors)
@@ -148,8 +151,11 @@ def _scaled(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _balanced(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the adapter's SVD form `√(|s| S) Vᵀ` and `±U √(|s| S)`, the sign that of s."""
+    """Return the adapter's SVD form, `√(|s| S) Vᵀ` and `±U √(|s| S)`, the sign that of s."""
     svd = svd_of_product(factors.B, factors.A, factors.rank)
+    # The root of a rounding error would be a direction of its own.
+    noise = _NOISE * svd.spectrum[0]
+    S = torch.where(svd.S > noise, svd.S, 0.0)
+    A, B = replace(svd, S=S).factors("balanced")
     root = math.sqrt(abs(factors.scaling))
-    A, B = svd.factors("balanced")
     return A * root, B * math.copysign(root, factors.scaling)

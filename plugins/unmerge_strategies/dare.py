@@ -86,7 +86,8 @@ class Dare(ElementwiseMerger, frozen=True):
 
     def measure(self, blocks: Blocks, context: MergeContext) -> _Facts:
         """Return what rescales each adapter, and what the inner rule measures on what is left."""
-        facts = _Facts(rescale=self._norms(blocks) if self.rescale == "norm" else {}, inner=None)
+        norms = self._norms(blocks) if self.rescale == "norm" and self.density < 1 else {}
+        facts = _Facts(rescale=norms, inner=None)
         survivors = Blocks(lambda: (self._survivors(block, facts) for block in blocks))
         return replace(facts, inner=self._inner().measure(survivors, context))
 

@@ -16,6 +16,7 @@ from unmerge import (
     FactorStack,
     MaskedDeltaEncoding,
     MergeContext,
+    Merger,
     ModuleShape,
     OutputSize,
     Passes,
@@ -39,7 +40,8 @@ class Emr(ReversibleMerger, frozen=True):
 
     Source: "EMR-Merging: Tuning-Free High-Performance Model Merging", arXiv 2405.17461, section
     3.2: one rescaler a task, which is `scope="model"`. `"module"` restores each module's L1 norm
-    and needs one reading of the adapters.
+    and needs one reading of the adapters. The authors' code differs from its formulas: it takes a
+    sum of 0 for negative, and adds up every tensor's mean magnitude instead of its sum.
     """
 
     method: ClassVar[str] = "emr"
@@ -85,24 +87,35 @@ class Emr(ReversibleMerger, frozen=True):
         worse = [s for s in shapes if s.d_out * s.d_in / 8 > 2 * s.elements / len(s.ranks)]
         if not worse:
             return []
-        return [
+        advice = (
             f"on {len(worse)} of {len(shapes)} modules a mask of one bit an entry takes more bytes "
             "than the adapter's factors in float16; rmm, truncate and quantize keep factors"
-        ]
+        )
+        return [advice]
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return a row block in work, the unified delta and the masks."""
         block = TILE_ROWS * len(shape.ranks) * shape.d_in
-        return 24 * block + shape.d_out * shape.d_in * (4 + len(shape.ranks) // 8 + 1)
+        packed = len(shape.ranks) * shape.d_out * -(-shape.d_in // 8)
+        return 24 * block + 4 * shape.d_out * shape.d_in + packed
+
+    def lossless(self) -> Merger:
+        """Return itself: of one adapter everything passes, with a rescaler of 1."""
+        return self
 
     def _encode(
         self, module: StackModule, context: MergeContext
     ) -> MaskedDeltaEncoding[torch.Tensor]:
-        unified, masks = [], []
+        shape = module.shape
+        first = module.factors[0].A
+        unified = first.new_empty(shape.d_out, shape.d_in)
+        packed = (len(module.adapters), shape.d_out, -(-shape.d_in // 8))
+        masks = first.new_empty(packed, dtype=torch.uint8)
         sums: list[list[tuple[float, float]]] = [[] for _ in module.adapters]
         for block, rows, mask in _elected(module, context):
-            unified.append(rows)
-            masks.append(pack_bits(mask))
+            these = slice(block.row, block.row + rows.shape[0])
+            unified[these] = rows
+            masks[:, these] = pack_bits(mask)
             for n, norms in enumerate(_block_norms(block, rows, mask)):
                 sums[n].append(norms)
         if self.scope == "model":
@@ -113,8 +126,8 @@ class Emr(ReversibleMerger, frozen=True):
         return MaskedDeltaEncoding(
             names=module.adapters,
             scalings=scalings,
-            unified=torch.cat(unified),
-            masks=torch.cat(masks, dim=1),
+            unified=unified,
+            masks=masks,
         )
 
 

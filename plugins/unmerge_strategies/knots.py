@@ -41,8 +41,9 @@ class Knots(Merger, frozen=True):
 
     The blocks `Σ V_iᵀ (k × d_in)` are the adapters in one basis, where signs and magnitudes can be
     compared; U maps the merged block back. The result has rank ≤ Σ r_i: an adapter, exactly.
-    Nothing of size d_out × d_in is formed: with `s_i B_i A_i = s_i B_i L_i Q_iᵀ` the singular
-    basis is that of `[s_i B_i L_i]`, of Σ r_i columns, and blocks are read by rows.
+    Nothing of size d_out × d_in is formed: with `A_i = L_i Q_iᵀ` the singular basis is that of
+    `[s_i B_i L_i]`, of Σ r_i columns; the block `Uᵀ s_i B_i A_i` is read by rows, and is exactly 0
+    wherever A_i has a column of zeros or the adapter nothing of a direction.
 
     Singular vectors' signs are arbitrary and are fixed here, so f must turn with them: rules that
     give a cancelled vote a sign of its own are refused. Exactly repeated singular values leave
@@ -75,9 +76,14 @@ class Knots(Merger, frozen=True):
 
     @property
     def capabilities(self) -> Capabilities:
-        """As the inner rule's; the result is an adapter of any ranks' adapters, in any gauge."""
-        inner = self.inner.capabilities
-        return replace(inner, factor_exact=False, mixed_ranks=True, gauge_invariant=True)
+        """As the inner rule's, for any ranks and any gauge; a sign turns the whole basis."""
+        return replace(
+            self.inner.capabilities,
+            factor_exact=False,
+            mixed_ranks=True,
+            gauge_invariant=True,
+            sign_equivariant=False,
+        )
 
     def check(self, shape: ModuleShape, context: MergeContext) -> None:
         """Refuse what the inner rule refuses."""
@@ -111,35 +117,42 @@ class Knots(Merger, frozen=True):
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return float64 factors on both sides, their core, and the inner rule's row blocks."""
         total = sum(shape.ranks)
-        rows = min(total, shape.d_out)
-        aligned = replace(shape, d_out=rows, ranks=tuple(shape.ranks))
-        return 8 * (5 * shape.elements + 4 * total * rows) + self.inner.workspace_bytes(aligned)
+        sides = (shape.d_out, shape.d_in) if self.axis == "output" else (shape.d_in, shape.d_out)
+        rows = min(total, sides[0])
+        inner = self.inner.matrix_bytes(len(shape.ranks), rows, sides[1])
+        return 8 * (5 * shape.elements + 4 * total * rows) + inner
 
     def lossless(self) -> Merger | None:
-        """Return it with a lossless inner rule."""
+        """Return it with every direction kept and a lossless inner rule."""
         inner = self.inner.lossless()
-        return None if inner is None else self.model_copy(update={"inner": inner})
+        return None if inner is None else self.model_copy(update={"inner": inner, "cutoff": 0.0})
 
     def _align(self, module: StackModule, context: MergeContext) -> _Aligned:
-        turned = [_oriented(f, self.axis) for f in module.factors]
-        sides, rows = [], []
-        for f in turned:
-            # A = L Qᵀ; scaling and L go to the side that gets the shared basis.
-            Q, Lh = torch.linalg.qr(f.A.T.to(torch.float64))
-            sides.append(f.B.to(torch.float64) @ Lh.T * f.scaling)
-            rows.append(Q.T)
-        basis = shared_basis(sides, self.cutoff)
-        dtype = torch.promote_types(module.factors[0].A.dtype, torch.float32)
-        blocks = tuple(
-            Factors(A=row.to(dtype).contiguous(), B=block.to(dtype).contiguous(), scaling=1.0)
-            for row, block in zip(rows, basis.blocks, strict=True)
-        )
-        aligned = StackModule(path=module.path, adapters=module.adapters, factors=blocks)
+        oriented = [_oriented(f, self.axis) for f in module.factors]
+        basis = shared_basis([B @ _triangle(A).T for A, B in oriented], self.cutoff)
+        dtype = module.factors[0].A.dtype
+        factors = []
+        for (A, B), block in zip(oriented, basis.blocks, strict=True):
+            # Uᵀ B and not the block itself, whose A would be orthonormal rows: a column of zeros
+            # of A stays one.
+            left = torch.where(block.any(dim=1, keepdim=True), basis.U.T @ B, 0.0)
+            factors.append(Factors(A=A.to(dtype), B=left.to(dtype), scaling=1.0))
+        aligned = StackModule(path=module.path, adapters=module.adapters, factors=tuple(factors))
         [matrices] = module_matrices(aligned, "delta", context)
         return _Aligned(U=basis.U, blocks=replace(matrices, part="knots", space="knots"))
 
 
-def _oriented(factors: Factors, axis: Literal["output", "input"]) -> Factors:
-    if axis == "output":
-        return factors
-    return Factors(A=factors.B.T, B=factors.A.T, scaling=factors.scaling)
+def _oriented(
+    factors: Factors, axis: Literal["output", "input"]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `(A, B)` in float64, of the delta or of its transpose, the scaling in B."""
+    A, B = factors.A.to(torch.float64), factors.B.to(torch.float64)
+    if axis == "input":
+        A, B = B.T.contiguous(), A.T.contiguous()
+    return A, B * factors.scaling
+
+
+def _triangle(A: torch.Tensor) -> torch.Tensor:
+    """Return R of `Aᵀ = Q R`, so that `B Rᵀ` has the left singular vectors and values of `B A`."""
+    R: torch.Tensor = torch.linalg.qr(A.T, mode="r").R
+    return R

@@ -9,7 +9,16 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from unmerge import Absent, Block, Capabilities, Merger, TrimmingMerger
+from unmerge import (
+    Absent,
+    Block,
+    Capabilities,
+    MergeContext,
+    Merger,
+    ModuleShape,
+    PartWeights,
+    TrimmingMerger,
+)
 from unmerge.kernels import Cut
 
 
@@ -41,6 +50,17 @@ class MagnitudePrune(TrimmingMerger, frozen=True):
             weight_scales_delta=self.space == "delta" and self.absent == "zero",
             sign_equivariant=True,
         )
+
+    def check(self, shape: ModuleShape, context: MergeContext) -> None:
+        """Refuse weights that cannot be renormalised, and mixed ranks in factor space.
+
+        Raises:
+            ConfigError: They are to be renormalised, and sum to zero.
+        """
+        super().check(shape, context)
+        for part in ("A", "B") if self.space == "factors" else (self.space,):
+            weights = PartWeights.of(shape.path, shape.adapters, part, context)
+            weights.renormalisation(self.absent)
 
     def combine(self, block: Block, state: Mapping[str, Cut]) -> torch.Tensor:
         """Return the weighted sum of what is kept.

@@ -79,17 +79,17 @@ class Ties(TrimmingMerger, frozen=True):
         return replace(super().capabilities, sign_equivariant=self.zero_vote == "drop")
 
     def check(self, shape: ModuleShape, context: MergeContext) -> None:
-        """Refuse weighted votes with weights of both signs: their divisor can be 0.
+        """Refuse a mean of weighted votes with weights of both signs: its divisor can be 0.
 
         Raises:
-            ConfigError: The weights have both signs.
+            ConfigError: The weights of the adapters that have the module have both signs.
         """
         super().check(shape, context)
-        weights = context.weights.values()
-        if self.weigh_votes and min(weights) < 0 < max(weights):
+        weights = [context.weights[name] for name in shape.adapters]
+        if self.weigh_votes and self.reduce == "mean" and min(weights) < 0 < max(weights):
             raise ConfigError(
                 f"{shape.path}: weights of both signs cannot be the divisor of a mean; use "
-                "weigh_votes=false, or weights of one sign"
+                "weigh_votes=false, reduce=sum, or weights of one sign"
             )
 
     def measure(self, blocks: Blocks, context: MergeContext) -> _Facts:  # noqa: ARG002
@@ -111,20 +111,24 @@ class Ties(TrimmingMerger, frozen=True):
             signs = torch.where(signs == 0, tie, signs)
         total, divisor = torch.zeros_like(signs), torch.zeros_like(signs)
         for values, weight in zip(voters, block.part_weights.values, strict=True):
-            agreeing = values * signs > 0
-            weighted = values * agreeing
-            if not self.weigh_votes:
-                weighted *= weight
-            if self.reduce == "max":
-                total = torch.where(weighted.abs() > total.abs(), weighted, total)
-                continue
-            total += weighted
+            # The magnitude where the entry agrees, 0 where it does not; NaN stays NaN.
+            agreeing = (values * signs).clamp_(min=0)
             if self.reduce == "mean":
-                divisor += agreeing * weight if self.weigh_votes else agreeing
+                counted = (agreeing > 0).to(divisor.dtype)
+                divisor += counted * weight if self.weigh_votes else counted
+            if not self.weigh_votes:
+                agreeing *= weight
+            if self.reduce == "max":
+                larger = torch.where(agreeing.abs() > total.abs(), agreeing, total)
+                # NaN is larger than nothing and would be passed over; times 0 it stays.
+                total = larger + 0 * agreeing
+            else:
+                total += agreeing
         if self.reduce == "mean":
             # A quotient of two zeros where nobody agrees.
-            total = torch.where(divisor == 0, 0.0, total / divisor)
-        return total * block.part_weights.scale(self.scale)
+            divisor[divisor == 0] = 1
+            total /= divisor
+        return total * signs * block.part_weights.scale(self.scale)
 
     def lossless(self) -> Merger:
         """Return it with everything kept and λ = 1."""

@@ -10,6 +10,9 @@ import torch
 from unmerge.errors import NonFiniteError
 from unmerge.kernels.lowrank import column_signs, orthonormal_core
 
+# What rounding leaves of a zero, relative to the largest singular value: some hundred float64 ulps.
+_NOISE = 2.0**-44
+
 
 @dataclass(frozen=True, slots=True)
 class SharedBasis:
@@ -18,13 +21,14 @@ class SharedBasis:
     Attributes:
         U: `(d, k)`, orthonormal columns by falling singular value; in each the entry of largest
             magnitude is positive.
-        blocks: Per matrix `(d, r_n)`, `Uᵀ X_n` of shape `(k, r_n)`.
         S: `(k,)` the singular values, descending.
+        blocks: Per matrix `(d, r_n)`, `Uᵀ X_n` of shape `(k, r_n)`; a row that is zero but for
+            rounding is zero.
     """
 
     U: torch.Tensor
-    blocks: tuple[torch.Tensor, ...]
     S: torch.Tensor
+    blocks: tuple[torch.Tensor, ...]
 
 
 def shared_basis(matrices: Sequence[torch.Tensor], cutoff: float) -> SharedBasis:
@@ -36,26 +40,36 @@ def shared_basis(matrices: Sequence[torch.Tensor], cutoff: float) -> SharedBasis
             out; at least one is kept.
 
     Returns:
-        Float64 tensors. Right multiplication of an X_n by an orthogonal matrix changes neither U
-        nor S and is undone in no block: what is built of blocks must be too. Exactly repeated
-        singular values leave their vectors open.
+        Float64 tensors. U and S do not change where an X_n is multiplied from the right by an
+        orthogonal matrix; its block is multiplied with it. Exactly repeated singular values leave
+        their vectors open.
 
     Raises:
         NonFiniteError: A matrix is not finite.
 
-    Numerics: float64 QR, then the SVD of a core of size min(d, R) × R. O(d R² + R³).
+    Numerics: float64 QR, then the SVD of a core of size min(d, R) × R. A matrix's part of a
+        direction counts as 0 below 2⁻⁴⁴ of the largest singular value. O(d R² + R³).
     """
     stacked = torch.cat([matrix.to(torch.float64) for matrix in matrices], dim=1)
     basis = orthonormal_core(stacked)
     if not bool(torch.isfinite(basis.core).all()):
         raise NonFiniteError("the factors side by side are not finite; check the scalings")
-    U, S, Wh = torch.linalg.svd(basis.core, full_matrices=False)
+    U, S, _ = torch.linalg.svd(basis.core, full_matrices=False)
     kept = max(int((cutoff * S[0] < S).sum()), 1)
     wide = basis.apply(U[:, :kept])
     signs = column_signs(wide)
-    blocks = (signs * S[:kept])[:, None] * Wh[:kept]
+    # Uᵀ X_n and not a part of S Vᵀ: exactly zero for a zero matrix.
+    aligned = (U[:, :kept] * signs).T @ basis.core
+    blocks = aligned.split([matrix.shape[1] for matrix in matrices], dim=1)
     return SharedBasis(
-        U=wide * signs,
-        blocks=tuple(blocks.split([matrix.shape[1] for matrix in matrices], dim=1)),
-        S=S[:kept],
+        U=wide * signs, S=S[:kept], blocks=tuple(_without_noise(b, float(S[0])) for b in blocks)
     )
+
+
+def _without_noise(block: torch.Tensor, largest: float) -> torch.Tensor:
+    """Return the block with its rows set to 0 that are 0 but for rounding.
+
+    A matrix that has nothing of a direction must not have a vote there.
+    """
+    norms = torch.linalg.vector_norm(block, dim=1, keepdim=True)
+    return torch.where(norms > _NOISE * largest, block, 0.0)

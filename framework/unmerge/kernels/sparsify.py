@@ -19,7 +19,10 @@ Entries: TypeAlias = tuple[str, int, Mapping[str, torch.Tensor]]
 
 Pass: TypeAlias = Callable[[], Iterable[Entries]]
 
-# Bits below the present ones, per level; a level counts in at most 2¹⁶ bins.
+COUNTERS = 1 << 16
+"""Most counters that the search for one name's cut needs at a time."""
+
+# Bits below the present ones, per level: each level counts by at most 16 bits.
 _LEVELS = {torch.float32: (16, 0), torch.float64: (48, 32, 16, 0)}
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -49,7 +52,6 @@ class Cut:
 
 
 KEEP_ALL = Cut(threshold=0.0)
-KEEP_NONE = Cut(threshold=float("inf"))
 
 
 def largest_magnitudes(start_pass: Pass, density: float) -> dict[str, Cut]:
@@ -118,7 +120,7 @@ class _Selection:
             above = self._levels[self._level - 1]
             bits = bits[(bits >> above) == self._prefix]
             digits = (bits >> shift) & ((1 << (above - shift)) - 1)
-        counts = torch.bincount(digits, minlength=1 << 16)
+        counts = torch.bincount(digits, minlength=COUNTERS)
         self._counts = counts if self._counts is None else self._counts + counts
 
     def descend(self, wanted: int) -> None:
