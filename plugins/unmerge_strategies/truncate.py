@@ -110,25 +110,25 @@ class Truncate(ReversibleMerger, frozen=True):
         return AdapterFactorsEncoding(
             names=module.adapters,
             scalings=tuple(f.scaling for f in module.factors),
-            A=tuple(f.A for f, _ in cut),
-            B_transposed=tuple(f.B.T.contiguous() for f, _ in cut),
+            A=tuple(A for A, _, _ in cut),
+            B_transposed=tuple(B.T.contiguous() for _, B, _ in cut),
             d_out=shape.d_out,
             d_in=shape.d_in,
             facts={
-                "largest_rank": max(f.rank for f, _ in cut),
-                "truncation_error": max(error for _, error in cut),
+                "largest_rank": max(A.shape[0] for A, _, _ in cut),
+                "truncation_error": max(error for _, _, error in cut),
             },
         )
 
 
-def _truncate(factors: Factors, choice: RankChoice) -> tuple[Factors, float]:
-    """Return the cut factors and their relative error, that of the product."""
+def _truncate(factors: Factors, choice: RankChoice) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return A and B as they are kept, and the relative error of their product."""
+    uncut = factors.A, factors.B, 0.0
     if choice.rank is not None and choice.rank >= factors.rank <= min(factors.d_out, factors.d_in):
-        return factors, 0.0
+        return uncut
     svd = svd_of_product(factors.B, factors.A, factors.rank)
     kept = choice.keep(svd.spectrum, dimension=max(factors.d_out, factors.d_in))
     if kept == factors.rank:
-        return factors, 0.0
+        return uncut
     svd = replace(svd, U=svd.U[:, :kept], S=svd.S[:kept], Vh=svd.Vh[:kept])
-    A, B = svd.factors("balanced")
-    return Factors(A=A, B=B, scaling=factors.scaling), svd.relative_error
+    return *svd.factors("balanced"), svd.relative_error

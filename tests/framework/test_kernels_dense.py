@@ -18,6 +18,10 @@ SPECTRA = {
     "decaying": 10.0 ** -torch.linspace(0, 14, COLUMNS, dtype=torch.float64),
     "steep": torch.cat([10.0 ** -torch.arange(13, dtype=torch.float64), torch.zeros(COLUMNS - 13)]),
     "rank 5": torch.cat([torch.tensor([9.0, 4, 4, 1, 1e-10]), torch.zeros(COLUMNS - 5)]).double(),
+    # Nine values that the Gram matrix cannot tell from nothing, nor from each other.
+    "far below": torch.cat(
+        [torch.ones(1), torch.linspace(9e-10, 1e-10, 9), torch.zeros(COLUMNS - 10)]
+    ).double(),
     "repeated": torch.cat([torch.full((20,), 3.0), torch.ones(COLUMNS - 20)]).double(),
 }
 

@@ -168,6 +168,11 @@ def test_what_cancels_stays_zero() -> None:
     a, b = adapter(((2.0, 1.0), (3.0,))), adapter(((-2.0, -1.0), (-3.0,)))
     merged = delta(merge(LoraLego(), Case("", {"m": {"a": a, "b": b}}))["m"])
     assert np.abs(merged).max() < 1e-25
+    # Up to rounding as well: what rounding leaves is not stretched to the members' length.
+    f = collection((1,)).modules["layer.0"]["a"]
+    opposite = replace(f, A=-f.A * (1 + 2**-52), B=-f.B * (1 - 2**-52))
+    merged = delta(merge(LoraLego(), Case("", {"m": {"a": f, "b": opposite}}))["m"])
+    assert np.abs(merged).max() < 1e-25
 
 
 # A shape does not say which adapters have weight 0, and so no units.
