@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import doctest
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from adapters import make_adapter, write_peft_directory
 from unmerge import AdapterStore, MergePipeline, get_plugin_manager, hookspecs
 from unmerge.cli import cli
 from unmerge.registry import Registry
+from unmerge.testing import check_merger
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -82,11 +86,61 @@ def test_the_sessions_in_the_documents_give_what_they_show(path: Path) -> None:
     assert failed == 0
 
 
-def test_the_mergers_of_the_guide_work_as_plugins(tmp_path: Path) -> None:
-    guide = ROOT / "docs" / "writing-a-merger.md"
-    layerwise, elementwise = (
+GUIDE = ROOT / "docs" / "writing-a-merger.md"
+
+
+@pytest.fixture(scope="module")
+def installed_guide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """The guide's package, written as it says and installed; and an environment that has it."""
+    folder, target = (tmp_path_factory.mktemp(name) for name in ("acme", "site"))
+    program, test = code_blocks(GUIDE, "python")[:2]
+    (folder / "acme_merging.py").write_text(program, encoding="utf-8")
+    (folder / "test_acme.py").write_text(test, encoding="utf-8")
+    (folder / "pyproject.toml").write_text(code_blocks(GUIDE, "toml")[0], encoding="utf-8")
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-input"),
+            *("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"),
+            *("--target", str(target), str(folder)),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    inherited = os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(part for part in (str(target), inherited) if part)
+    return folder, {**os.environ, "PYTHONPATH": path}
+
+
+def test_the_package_of_the_guide_passes_its_own_tests(
+    installed_guide: tuple[Path, dict[str, str]],
+) -> None:
+    folder, environment = installed_guide
+    tested = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_acme.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert tested.returncode == 0, tested.stdout
+    listed = subprocess.run(
+        [sys.executable, "-c", "from unmerge.cli import main; main()", "methods"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "acme.equal_norms" in listed.stdout
+    assert "acme-merging 1.0" in listed.stdout
+
+
+def test_the_mergers_of_the_guide_merge_as_they_say(tmp_path: Path) -> None:
+    blocks = code_blocks(GUIDE, "python")
+    layerwise, surveying, elementwise, reversible = (
         _module(program, f"guide_{number}")
-        for number, program in enumerate(code_blocks(guide, "python"))
+        for number, program in enumerate([blocks[0], *blocks[2:]])
     )
     manager = get_plugin_manager()
     manager.register(layerwise)
@@ -97,33 +151,49 @@ def test_the_mergers_of_the_guide_work_as_plugins(tmp_path: Path) -> None:
     for seed in range(3):
         store.add(make_adapter(f"a{seed}", seed=seed))
     store.commit("three")
-    MergePipeline(store, {"method": "acme.equal_norms", "norm": 2.0}, registry=registry).run(
-        tmp_path / "layerwise.rmb"
-    )
-    merged = unmerge_bundle.open(tmp_path / "layerwise.rmb").merged()
+    adapters = [store.read_adapter(name).modules for name in store.names()]
     path = "layers.0.mlp.up"
-    expected = 0
-    deltas = []
-    for name in store.names():
-        f = store.read_adapter(name).modules[path]
-        delta = f.scaling * (f.B.double() @ f.A.double())
-        deltas.append(delta)
-        expected = expected + 2.0 * delta / torch.linalg.vector_norm(delta)
-    assert torch.allclose(torch.from_numpy(merged.delta(path)).double(), expected, atol=1e-5)
+    deltas = torch.stack([_delta(modules[path]) for modules in adapters])
+    norms = torch.linalg.vector_norm(deltas, dim=(1, 2), keepdim=True)
+    model_norms = torch.tensor(
+        [
+            sum(float(_delta(f).square().sum()) for f in modules.values()) ** 0.5
+            for modules in adapters
+        ]
+    )[:, None, None]
+    agree = deltas.sign().sum(dim=0).abs() > 1.5
 
-    for space in ("delta", "factors"):
-        MergePipeline(store, elementwise.SignMajority(space=space)).run(tmp_path / f"{space}.rmb")
-    merged = unmerge_bundle.open(tmp_path / "delta.rmb").merged()
-    stacked = torch.stack(deltas)
-    agree = stacked.sign().sum(dim=0).abs() > 1.5
-    expected = torch.where(agree, stacked.mean(dim=0), 0.0)
-    assert torch.allclose(torch.from_numpy(merged.delta(path)).double(), expected, atol=1e-5)
+    for merger, expected in (
+        ({"method": "acme.equal_norms", "norm": 2.0}, (2.0 * deltas / norms).sum(dim=0)),
+        (surveying.EqualModelNorms(), (deltas / model_norms).sum(dim=0)),
+        (elementwise.SignMajority(), torch.where(agree, deltas.mean(dim=0), 0.0)),
+    ):
+        out = tmp_path / "merged.rmb"
+        MergePipeline(store, merger, registry=registry).run(out, overwrite=True)
+        merged = unmerge_bundle.open(out).merged()
+        assert torch.allclose(torch.from_numpy(merged.delta(path)).double(), expected, atol=1e-5)
+
+    MergePipeline(store, reversible.Hosvd(rank=100)).run(tmp_path / "hosvd.rmb")
+    bundle = unmerge_bundle.open(tmp_path / "hosvd.rmb")
+    for name, delta in zip(store.names(), deltas, strict=True):
+        back = torch.from_numpy(bundle.restore(name).delta(path)).double()
+        assert torch.allclose(back, delta, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("block", "name"), [(2, "EqualModelNorms"), (3, "SignMajority"), (4, "Hosvd")]
+)
+def test_the_mergers_of_the_guide_pass_the_kit(block: int, name: str) -> None:
+    program = code_blocks(GUIDE, "python")[block]
+    check_merger(getattr(_module(program, f"guide_block_{block}"), name)())
 
 
 def test_the_guide_is_as_short_as_it_says() -> None:
-    program = code_blocks(ROOT / "docs" / "writing-a-merger.md", "python")[0]
-    lines = [line for line in program.splitlines() if line.strip()]
-    assert len(lines) <= 36
+    for number in (0, 2, 3, 4):
+        program = code_blocks(GUIDE, "python")[number]
+        start = program.index("class ")
+        lines = [line for line in program[start:].splitlines() if line.strip()]
+        assert len(lines) <= 30, number
 
 
 @pytest.mark.parametrize("method", sorted(Registry(get_plugin_manager())))
@@ -187,6 +257,10 @@ def _builtin_methods() -> list[str]:
 
 def _is_error(candidate: object, root: type[Exception]) -> bool:
     return isinstance(candidate, type) and issubclass(candidate, root)
+
+
+def _delta(factors: unmerge.Factors) -> torch.Tensor:
+    return factors.scaling * (factors.B.double() @ factors.A.double())
 
 
 def _module(program: str, name: str):
