@@ -23,12 +23,14 @@ from oracles.common import (
     truncated,
 )
 from oracles.counter import splitmix64
-from oracles.lego import inertia, lloyd, means, nearest, units
+from oracles.lego import inertia, lloyd, means, nearest, reweighted, units
 from oracles.linear import average, direct_merge, mean_rule, sum_rule, task_arithmetic
 from oracles.reversible import (
     Emr,
     Joint,
     Quantised,
+    diagonal_error,
+    diagonal_round,
     emr,
     joint_full,
     quantise,
@@ -93,6 +95,8 @@ __all__ = [
     "core_space",
     "dare",
     "dense",
+    "diagonal_error",
+    "diagonal_round",
     "direct_merge",
     "emr",
     "factor_matrices",
@@ -117,6 +121,7 @@ __all__ = [
     "rank_for_energy",
     "rank_for_error",
     "renormalised",
+    "reweighted",
     "rmm_position",
     "rmm_restore",
     "rmm_storage_ratio",

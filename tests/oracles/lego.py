@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from oracles.common import Matrix, Part
+from oracles.common import Matrix, Part, sign
 
 Labels = npt.NDArray[np.int64]
 
@@ -20,14 +20,14 @@ Labels = npt.NDArray[np.int64]
 def units(parts: Sequence[Part]) -> Matrix:
     """Return the minimal semantic units of all adapters, one per row: `[B[:, j], A[j, :]]`.
 
-    The scaling is inside, its sign on B, and column and row of a unit have equal norms, so that a
-    unit does not depend on how a scale is spread over its two halves (our reading; arXiv
-    2409.16167, section 3, takes rows and columns as they come).
+    The scaling is inside, its sign and that of a negative weight on B, and column and row of a unit
+    have equal norms, so that a unit does not depend on how a scale is spread over its two halves
+    (our reading; arXiv 2409.16167, section 3, takes rows and columns as they come).
     """
     rows = []
-    for A, B, scaling, _ in parts:
+    for A, B, scaling, weight in parts:
         for j in range(np.shape(A)[0]):
-            column = float(scaling) * np.asarray(B, np.float64)[:, j]
+            column = sign(weight) * float(scaling) * np.asarray(B, np.float64)[:, j]
             row = np.asarray(A, np.float64)[j]
             norm_b, norm_a = float(np.linalg.norm(column)), float(np.linalg.norm(row))
             root = math.sqrt(norm_a * norm_b)
@@ -46,13 +46,34 @@ def nearest(points: Matrix, centroids: Matrix) -> Labels:
     )
 
 
-def means(points: Matrix, labels: Labels, clusters: int) -> Matrix:
-    """Return the mean of every cluster; zero for an empty one."""
+def means(
+    points: Matrix, labels: Labels, clusters: int, weights: Sequence[float] | None = None
+) -> Matrix:
+    """Return the (weighted) mean of every cluster; zero for an empty one."""
+    shares = np.ones(len(points)) if weights is None else np.asarray(weights)
     result = np.zeros((clusters, points.shape[1]))
     for cluster in range(clusters):
-        if (labels == cluster).any():
-            result[cluster] = points[labels == cluster].mean(axis=0)
+        members = labels == cluster
+        if members.any():
+            total = (shares[members, None] * points[members]).sum(axis=0)
+            result[cluster] = total / shares[members].sum()
     return result
+
+
+def reweighted(
+    points: Matrix, labels: Labels, centroids: Matrix, d_out: int, rank: float
+) -> Matrix:
+    """Return `√(r / k) Σ_c ρ_c² b_c a_cᵀ`, with `ρ_c = mean ‖u‖ / ‖c‖` over a cluster's members.
+
+    LoRA-LEGO's dual reweighting: a centroid is shorter than its members, and k units are not r.
+    """
+    total = np.zeros((d_out, points.shape[1] - d_out))
+    for cluster, centroid in enumerate(centroids):
+        members = points[labels == cluster]
+        mean_norm = float(np.linalg.norm(members, axis=1).mean())
+        factor = mean_norm / float(np.linalg.norm(centroid))
+        total += factor**2 * np.outer(centroid[:d_out], centroid[d_out:])
+    return math.sqrt(rank / len(centroids)) * total
 
 
 def inertia(points: Matrix, centroids: Matrix) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,30 @@ class Joint(NamedTuple):
         )
 
 
+def diagonal_round(
+    deltas: Sequence[Matrix], U: Matrix, V: Matrix, diagonals: Matrix
+) -> tuple[Matrix, Matrix, Matrix]:
+    """Improve U, then V, then the diagonals, each by least squares with the others fixed (JD-Diag).
+
+    U is `(d_out, k)`, V `(d_in, k)`, `diagonals` `(N, k)`; `Δ_i ≈ U diag(c_i) Vᵀ`.
+    """
+    right = np.concatenate([(V * c).T for c in diagonals], axis=1)
+    U = np.concatenate(deltas, axis=1) @ np.linalg.pinv(right)
+    left = np.concatenate([U * c for c in diagonals], axis=0)
+    V = (np.linalg.pinv(left) @ np.concatenate(deltas, axis=0)).T
+    directions = np.stack([np.outer(u, v).ravel() for u, v in zip(U.T, V.T, strict=True)], axis=1)
+    fitted = np.linalg.pinv(directions) @ np.stack([delta.ravel() for delta in deltas], axis=1)
+    return U, V, fitted.T
+
+
+def diagonal_error(deltas: Sequence[Matrix], U: Matrix, V: Matrix, diagonals: Matrix) -> float:
+    """Return `Σ ‖Δ_i − U diag(c_i) Vᵀ‖²`."""
+    return sum(
+        float(np.linalg.norm(delta - (U * c) @ V.T)) ** 2
+        for delta, c in zip(deltas, diagonals, strict=True)
+    )
+
+
 def _leading(gram: Matrix, size: int) -> Matrix:
     _, vectors = np.linalg.eigh(gram)
     return vectors[:, ::-1][:, :size]
@@ -107,8 +132,13 @@ class Quantised(NamedTuple):
     values: Matrix  # (rows, columns), code · scale
 
 
-def quantise(matrix: npt.NDArray[Any], bits: int, group_size: int) -> Quantised:
-    """Round every entry to a multiple of its group's `absmax / (2^(bits−1) − 1)`, half to even."""
+def quantise(
+    matrix: npt.NDArray[Any], bits: int, group_size: int, *, step_bits: int | None = None
+) -> Quantised:
+    """Round every entry to a multiple of its group's `absmax / (2^(bits−1) − 1)`, half to even.
+
+    `step_bits` rounds that step to so many significant bits, which a narrow dtype can hold.
+    """
     matrix = np.asarray(matrix, np.float64)
     rows, columns = matrix.shape
     largest = 2 ** (bits - 1) - 1
@@ -118,9 +148,13 @@ def quantise(matrix: npt.NDArray[Any], bits: int, group_size: int) -> Quantised:
     for i in range(rows):
         for g, start in enumerate(range(0, columns, group_size)):
             group = matrix[i, start : start + group_size]
-            scales[i, g] = np.abs(group).max() / largest
+            step = float(np.abs(group).max()) / largest
+            if step_bits is not None:
+                mantissa, exponent = math.frexp(step)
+                step = math.ldexp(round(math.ldexp(mantissa, step_bits)), exponent - step_bits)
+            scales[i, g] = step
             for j, value in enumerate(group, start):
                 # Python's round() is half to even.
-                codes[i, j] = round(float(value / scales[i, g])) if scales[i, g] else 0
-                values[i, j] = codes[i, j] * scales[i, g]
+                codes[i, j] = round(float(value) / step) if step else 0
+                values[i, j] = codes[i, j] * step
     return Quantised(codes, scales, values)

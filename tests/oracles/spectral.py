@@ -82,21 +82,20 @@ def tsv(
     *,
     rank: int | None = None,
     scale: float = 1.0,
-    adapters: int | None = None,
     cutoff: float = 1e-7,
 ) -> Matrix:
     """Return `λ U⊥ Σ V⊥ᵀ` of Task Singular Vectors merging (arXiv 2412.00081, Algorithm 1).
 
     Of every `w_i Δ_i` the leading k singular triplets are kept, k = min(r_i, ⌊min(m, n)/N⌋) unless
-    given; `U = [U_1 … U_N]` and V are replaced by their polar factors. Directions without a
-    singular value are no directions: they are left out, as are null directions of U and V.
+    given, with N the adapters that have the module; `U = [U_1 … U_N]` and V are replaced by their
+    polar factors. Directions without a singular value are no directions: they are left out, as are
+    null directions of U and V.
     """
-    N = len(parts) if adapters is None else adapters
     Us, Ss, Vs = [], [], []
     for part in parts:
         delta = float(part[3]) * dense(part)
         U, S, Vt = np.linalg.svd(delta, full_matrices=False)
-        kept = min(np.shape(part[0])[0], min(delta.shape) // N) if rank is None else rank
+        kept = min(np.shape(part[0])[0], min(delta.shape) // len(parts)) if rank is None else rank
         kept = min(kept, numerical_rank(S, cutoff))
         Us.append(U[:, :kept])
         Ss.append(S[:kept])

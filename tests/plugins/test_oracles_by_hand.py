@@ -248,10 +248,10 @@ def test_tsv() -> None:
     # matrix of positive determinant is M + cof M, normalised: [[1.8, .6], [−.6, 1.8]] / √3.6.
     parts = [of([[2.0, 0.0], [0.0, 0.0]]), of([[0.0, 1.8], [0.0, 2.4]])]
     equal(oracles.tsv(parts), np.array([[3.6, 1.8], [-1.2, 5.4]]) / math.sqrt(3.6))
-    # One adapter is its own best approximation; N = 2 of them halves the directions.
+    # One adapter is its own best approximation; k = 1 leaves it one direction.
     one = [of([[2.0, 0.0], [0.0, 1.0]])]
     equal(oracles.tsv(one), [[2, 0], [0, 1]])
-    equal(oracles.tsv(one, adapters=2, scale=3.0), [[6, 0], [0, 0]])
+    equal(oracles.tsv(one, rank=1, scale=3.0), [[6, 0], [0, 0]])
     equal(oracles.tsv([of([[2.0, 0.0], [0.0, 1.0]], weight=-2.0)], rank=1), [[-4, 0], [0, 0]])
 
 
@@ -360,6 +360,27 @@ def test_quantise() -> None:
     equal(result.values, [[-254, 4]])
 
 
+def test_quantise_with_a_short_step() -> None:
+    # 127/7 = 18.14… = 10010.0…₂; in two significant bits 16: 127/16 = 7.94, −40/16 = −2.5.
+    result = oracles.quantise(np.array([[127.0, -40.0]]), 4, 2, step_bits=2)
+    equal(result.scales, [[16]])
+    equal(result.values, [[128, -32]])
+
+
+def test_joint_diagonalisation_with_diagonal_cores() -> None:
+    # diag(3, 1) and diag(2, −1) on the axes: exact, and a round keeps it so. Along e₁ only, 1 + 1
+    # is left out.
+    deltas = [np.diag([3.0, 1.0]), np.diag([2.0, -1.0])]
+    axes, diagonals = np.eye(2), np.array([[3.0, 1.0], [2.0, -1.0]])
+    assert oracles.diagonal_error(deltas, axes, axes, diagonals) == 0.0
+    assert oracles.diagonal_error(
+        deltas, *oracles.diagonal_round(deltas, axes, axes, diagonals)
+    ) < (1e-24)
+    one = oracles.diagonal_round(deltas, axes[:, :1], axes[:, :1], np.array([[1.0], [1.0]]))
+    assert math.isclose(oracles.diagonal_error(deltas, *one), 2.0)
+    equal((one[0] * one[2][0]) @ one[1].T, [[3, 0], [0, 0]])
+
+
 def test_lego() -> None:
     # 4·[5, 0] and [3, 4] have norms 20 and 5: both become √100.
     one = part([[3.0, 4.0]], [[5.0], [0.0]], scaling=4.0)
@@ -371,6 +392,18 @@ def test_lego() -> None:
     assert labels.tolist() == [0, 0, 1]
     equal(oracles.means(points, labels, 2), centroids)
     assert oracles.inertia(points, centroids) == 2.0
+    # Weighted: 0 once and 2 three times.
+    equal(oracles.means(points, labels, 2, [1.0, 3.0, 1.0]), [[1.5], [10]])
+    # Units (b, a) = (1, 1), (1, −1), (2, 2): centroid (1, 0) of the first two has ρ = √2 and no a.
+    units = np.array([[1.0, 1.0], [1.0, -1.0], [2.0, 2.0]])
+    means = oracles.means(units, np.array([0, 0, 1]), 2)
+    equal(oracles.reweighted(units, np.array([0, 0, 1]), means, 1, 8.0), [[2 * 4]])
+    # (1, 1) and (3, 1): centroid (2, 1), of norm √5; its members' mean norm is (√2 + √10)/2.
+    units = np.array([[1.0, 1.0], [3.0, 1.0]])
+    labels = np.array([0, 0])
+    rho = (math.sqrt(2) + math.sqrt(10)) / 2 / math.sqrt(5)
+    got = oracles.reweighted(units, labels, oracles.means(units, labels, 1), 1, 1.0)
+    equal(got, [[rho**2 * 2]])
     for seed in range(4):
         assert sorted(oracles.lloyd(points, 2, seed=seed).ravel()) in ([1, 10], [0, 6])
 
