@@ -23,7 +23,7 @@ from adapters import make_adapter, write_peft_directory
 from unmerge import AdapterStore, MergePipeline, get_plugin_manager, hookspecs
 from unmerge.cli import cli
 from unmerge.registry import Registry
-from unmerge.testing import check_merger
+from unmerge.testing import check_merger, random_collection
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -208,6 +208,26 @@ def test_every_built_in_strategy_has_a_page_with_all_its_fields(method: str) -> 
         assert info.description, name
     for heading in ("**Space.**", "**Cost.**", "**Source.**", "**When to use it.**"):
         assert heading in page
+
+
+def test_the_comparison_says_what_the_strategies_declare() -> None:
+    page = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    rows = {
+        method: [cell.strip() for cell in cells.split("|")]
+        for method, cells in re.findall(r"^\| \[`(\w+)`\]\(\w+\.md\) \|(.*)\|$", page, re.MULTILINE)
+    }
+    assert sorted(rows) == _builtin_methods()
+    case = random_collection((3, 3), seed=1)
+    for method, (result, back, mixed, gauge, weights, chance, _) in rows.items():
+        merger = Registry(get_plugin_manager())[method].merger()
+        declared = merger.capabilities
+        [encoding, *_] = merger.merge(case.stack(), case.context())
+        assert encoding.kind == result, method
+        assert (declared.restores or "–") == back, method
+        assert (mixed == "yes") == declared.mixed_ranks, method
+        assert (gauge == "invariant") == declared.gauge_invariant, method
+        assert (weights == "none") == declared.ignores_weights, method
+        assert (chance == "yes") == declared.stochastic, method
 
 
 def test_every_error_is_listed_with_its_code() -> None:
