@@ -155,7 +155,7 @@ def _balanced(factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     svd = svd_of_product(factors.B, factors.A, factors.rank)
     # The root of a rounding error would be a direction of its own.
     noise = _NOISE * svd.spectrum[0]
-    S = torch.where(svd.S > noise, svd.S, 0.0)
+    S = torch.where(noise < svd.S, svd.S, 0.0)
     A, B = replace(svd, S=S).factors("balanced")
     root = math.sqrt(abs(factors.scaling))
     return A * root, B * math.copysign(root, factors.scaling)

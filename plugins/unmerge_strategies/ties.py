@@ -111,7 +111,7 @@ class Ties(TrimmingMerger, frozen=True):
             signs = torch.where(signs == 0, tie, signs)
         total, divisor = torch.zeros_like(signs), torch.zeros_like(signs)
         for values, weight in zip(voters, block.part_weights.values, strict=True):
-            # The magnitude where the entry agrees, 0 where it does not; NaN stays NaN.
+            # The magnitude where the entry agrees, 0 where it does not.
             agreeing = (values * signs).clamp_(min=0)
             if self.reduce == "mean":
                 counted = (agreeing > 0).to(divisor.dtype)
@@ -119,9 +119,7 @@ class Ties(TrimmingMerger, frozen=True):
             if not self.weigh_votes:
                 agreeing *= weight
             if self.reduce == "max":
-                larger = torch.where(agreeing.abs() > total.abs(), agreeing, total)
-                # NaN is larger than nothing and would be passed over; times 0 it stays.
-                total = larger + 0 * agreeing
+                total = torch.where(agreeing.abs() > total.abs(), agreeing, total)
             else:
                 total += agreeing
         if self.reduce == "mean":
