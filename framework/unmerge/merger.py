@@ -345,6 +345,6 @@ def _resolve(expected: type[Merger], value: Any, info: ValidationInfo) -> Merger
         raise ValueError('expected a merger or its recipe, such as {"method": "average"}')
     if not isinstance(merger, expected):
         reversible = merger.capabilities.restores is not None
-        why = "gives every adapter back instead of one result" if reversible else "is another kind"
-        raise ValueError(f'"{merger.method}" {why}; expected an {expected.__name__}')
+        why = ", it gives every adapter back instead of one result" if reversible else ""
+        raise ValueError(f'"{merger.method}" is no {expected.__name__}{why}')
     return merger

@@ -72,6 +72,8 @@ def test_a_nested_recipe_keeps_the_method_and_the_fields_of_inner() -> None:
     assert merger.recipe() == {
         "method": "mm_svd",
         "rank": 2,
+        "energy": None,
+        "error": None,
         "inner": {"method": "average", "space": "delta", "absent": "renormalise"},
         "split": "A",
     }
@@ -100,7 +102,6 @@ def test_mergers_are_frozen_hashable_values(merger: Merger) -> None:
         (Rmm, {"basissize": 2}, "basissize"),
         (Rmm, {"basis_size": "many"}, "basis_size"),
         (Rmm, {"basis_size": 0}, "basis_size"),
-        (Rmm, {"basis_size": None}, "basis_size"),
         (Rmm, {"fold_scaling": "perhaps"}, "fold_scaling"),
         (Average, {"absent": "skip"}, "absent"),
         (TaskArithmetic, {"scale": [1.0]}, "scale"),
@@ -142,12 +143,12 @@ class Holder(BaseModel):
 
 def test_a_field_of_a_narrower_type_takes_only_that() -> None:
     assert Holder.model_validate({"reversible": {"method": "rmm"}}).reversible == Rmm()
-    with pytest.raises(ValidationError, match='"average" is no ReversibleMerger'):
+    with pytest.raises(ValidationError, match='"average" is no ReversibleMerger \\['):
         Holder.model_validate({"reversible": {"method": "average"}})
     with pytest.raises(ValidationError, match='the recipe is for method "rmm", not "average"'):
         Holder.model_validate({"reversible": Rmm(), "average": {"method": "rmm"}})
     dumped = Holder(reversible=Rmm(basis_size=5)).model_dump(mode="json")
-    assert dumped["reversible"] == {"method": "rmm", "basis_size": 5, "fold_scaling": False}
+    assert dumped["reversible"] == Rmm(basis_size=5).recipe()
 
 
 @pytest.mark.parametrize("merger", STRATEGIES, ids=str)
