@@ -7,7 +7,7 @@ nothing of the code it tests but the names a user types.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -109,6 +109,13 @@ def merged_matrices(
             got[path, "A"] = encoding.A.double().numpy()
             got[path, "B"] = encoding.B.double().numpy()
     return dict(sorted(got.items()))
+
+
+def in_each_dtype(merger: Merger, case: Case) -> Iterator[tuple[torch.dtype, str, Result]]:
+    """Merge the case at each dtype of `TOLERANCE`; yield dtype, module path and encoding."""
+    for dtype in TOLERANCE:
+        for path, encoding in merge(merger, case, dtype=dtype).items():
+            yield dtype, path, encoding
 
 
 def dense_delta(encoding: Result) -> Matrix:

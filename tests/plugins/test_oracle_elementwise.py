@@ -69,27 +69,18 @@ def product(matrices: dict[Label, oracles.Matrix], path: str) -> oracles.Matrix:
     return matrices[path, "B"] @ matrices[path, "A"]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("absent", ["zero", "renormalise"])
 @pytest.mark.parametrize(("space", "case"), CASES)
-def test_task_arithmetic(space: Space, case: Case, absent: Absent, dtype: torch.dtype) -> None:
-    merger = build("task_arithmetic", space=space, scale=0.3, absent=absent)
-    values = expected(weighted_sum, labelled(case, space, absent), "module")
-    for path, encoding in merge(merger, case, dtype=dtype).items():
-        wanted = 0.3 * product(values, path)
-        assert_close(dense_delta(encoding), wanted, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("absent", ["zero", "renormalise"])
-@pytest.mark.parametrize(("space", "case"), CASES)
-def test_average(space: Space, case: Case, absent: Absent, dtype: torch.dtype) -> None:
-    matrices = labelled(case, space, absent)
-    values = expected(weighted_sum, matrices, "module")
-    merger = build("average", space=space, absent=absent)
-    for path, encoding in merge(merger, case, dtype=dtype).items():
-        own = {key: value / divisors(case, key[1]) for key, value in values.items()}
-        assert_close(dense_delta(encoding), product(own, path), TOLERANCE[dtype])
+def test_average_and_task_arithmetic(space: Space, case: Case, absent: Absent) -> None:
+    sums = expected(weighted_sum, labelled(case, space, absent), "module")
+    means = {label: value / divisors(case, label[1]) for label, value in sums.items()}
+    average = build("average", space=space, absent=absent)
+    arithmetic = build("task_arithmetic", space=space, scale=0.3, absent=absent)
+    for dtype, tolerance in TOLERANCE.items():
+        for path, encoding in merge(arithmetic, case, dtype=dtype).items():
+            assert_close(dense_delta(encoding), 0.3 * product(sums, path), tolerance)
+        for path, encoding in merge(average, case, dtype=dtype).items():
+            assert_close(dense_delta(encoding), product(means, path), tolerance)
 
 
 def test_factor_space_has_the_cross_terms() -> None:
@@ -101,18 +92,18 @@ def test_factor_space_has_the_cross_terms() -> None:
     assert np.linalg.norm(direct - exact) > 0.5 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("scope", ["module", "model"])
 @pytest.mark.parametrize(("space", "case"), CASES)
-def test_magnitude_prune(space: Space, case: Case, scope: Scope, dtype: torch.dtype) -> None:
+def test_magnitude_prune(space: Space, case: Case, scope: Scope) -> None:
     merger = build("magnitude_prune", space=space, density=0.3, scope=scope, scale=-0.5)
     matrices = labelled(case, space)
     wanted = part_scale(
         expected(lambda t, w: oracles.magnitude_prune(t, w, density=0.3), matrices, scope), -0.5
     )
-    doubts = doubtful(matrices, scope, dtype, density=0.3, vote="count")
-    for label, got in merged_matrices(merger, case, space, dtype).items():
-        assert_agrees(got, wanted[label], doubts[label], TOLERANCE[dtype])
+    for dtype, tolerance in TOLERANCE.items():
+        doubts = doubtful(matrices, scope, dtype, density=0.3, vote="count")
+        for label, got in merged_matrices(merger, case, space, dtype).items():
+            assert_agrees(got, wanted[label], doubts[label], tolerance)
 
 
 def test_magnitude_prune_renormalises() -> None:
@@ -125,7 +116,6 @@ def test_magnitude_prune_renormalises() -> None:
 
 
 TIES_FIELDS: tuple[dict[str, Any], ...] = (
-    {},
     {"density": 1.0, "scale": 0.7},
     {"vote": "count", "zero_vote": "positive"},
     {"reduce": "sum", "density": 0.6},
@@ -173,17 +163,25 @@ def check_ties(
     return got
 
 
+@pytest.mark.parametrize("scope", ["module", "model"])
+@pytest.mark.parametrize(("space", "case"), CASES)
+def test_ties(space: Space, case: Case, scope: Scope) -> None:
+    check_ties(case, space, scope, torch.float64)
+    check_ties(case, space, scope, torch.float32, density=0.5)
+
+
 @pytest.mark.parametrize("fields", TIES_FIELDS, ids=str)
 @pytest.mark.parametrize("scope", ["module", "model"])
-@pytest.mark.parametrize(("space", "case"), CASES)
-def test_ties(space: Space, case: Case, scope: Scope, fields: dict[str, Any]) -> None:
-    check_ties(case, space, scope, torch.float64, **fields)
-
-
-@pytest.mark.parametrize("scope", ["module", "model"])
-@pytest.mark.parametrize(("space", "case"), CASES)
-def test_ties_in_float32(space: Space, case: Case, scope: Scope) -> None:
-    check_ties(case, space, scope, torch.float32, density=0.5)
+@pytest.mark.parametrize("space", SPACES)
+def test_every_field_of_ties(space: Space, scope: Scope, fields: dict[str, Any]) -> None:
+    for name in (
+        "decaying",
+        "missing modules",
+        "negative and zero weights",
+        "R > d_out and R > d_in",
+    ):
+        case = next(case for case in EQUAL_RANK_CASES if case.name == name)
+        check_ties(case, space, scope, torch.float64, **fields)
 
 
 @pytest.mark.parametrize("vote", ["value", "count"])
@@ -245,13 +243,10 @@ EXACT_FIELDS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fields", EXACT_FIELDS, ids=str)
 @pytest.mark.parametrize("scope", ["module", "model"])
 @pytest.mark.parametrize("space", SPACES)
-def test_ties_on_integers_is_exact(
-    space: Space, scope: Scope, fields: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_ties_on_integers_is_exact(space: Space, scope: Scope, fields: dict[str, Any]) -> None:
     """Ties at every cut, drawn votes everywhere: equal to the last bit all the same."""
     for weights in ((), (4.0, 1.0, 0.25, 1.0), (0.0, 1.0, 4.0, 1.0)):
         case = integers(11, weights=weights)
@@ -260,9 +255,11 @@ def test_ties_on_integers_is_exact(
         wanted = expected(
             lambda t, w, o=options: oracles.ties(t, w, **o), labelled(case, space), scope
         )
-        for label, got in merged_matrices(merger, case, space, dtype).items():
-            exact = wanted[label].astype(np.float32 if dtype == torch.float32 else np.float64)
-            np.testing.assert_array_equal(got.astype(exact.dtype), exact, err_msg=str(label))
+        for dtype, width in ((torch.float32, np.float32), (torch.float64, np.float64)):
+            for label, got in merged_matrices(merger, case, space, dtype).items():
+                np.testing.assert_array_equal(
+                    got.astype(width), wanted[label].astype(width), err_msg=str(label)
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -53,12 +54,11 @@ def part_of(case: Case, path: str, name: str) -> oracles.Part:
 # Reversible model merging.
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("case", EQUAL_RANK_CASES, ids=str)
-def test_rmm(case: Case, fold: bool, dtype: torch.dtype) -> None:
+def test_rmm(case: Case, fold: bool) -> None:
     case = equal_weights(case)
-    for p in (1, 2, 3):
+    for p, dtype in itertools.product((1, 2, 3), TOLERANCE):
         merged = merge(build("rmm", basis_size=p, fold_scaling=fold), case, dtype=dtype)
         for path, encoding in merged.items():
             names, parts = sorted(case.modules[path]), case.parts(path)
@@ -189,11 +189,14 @@ def emr_masks(encoding: MaskedDeltaEncoding[torch.Tensor], name: str) -> npt.NDA
     return mask
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("scope", ["module", "model"])
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_emr(case: Case, scope: Scope, dtype: torch.dtype) -> None:
-    case = equal_weights(case)
+def test_emr(case: Case, scope: Scope) -> None:
+    for dtype in TOLERANCE:
+        check_emr(equal_weights(case), scope, dtype)
+
+
+def check_emr(case: Case, scope: Scope, dtype: torch.dtype) -> None:
     matrices = labelled(case, "delta")
     merged = merge(build("emr", scope=scope), case, dtype=dtype)
     paths = [path for path, _ in matrices.labels]
@@ -260,7 +263,7 @@ def full_error(deltas: list[oracles.Matrix], U: oracles.Matrix, V: oracles.Matri
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_jd(case: Case, normalise: bool) -> None:
     """Orthonormal bases, the best cores for them, and bases that a further round cannot improve."""
-    merger = build("jd", rank=2, normalise=normalise, tolerance=1e-12, max_iterations=5000)
+    merger = build("jd", rank=2, normalise=normalise, tolerance=1e-10, max_iterations=500)
     for path, encoding in merge(merger, case).items():
         deltas = [oracles.dense(part) for part in case.parts(path)]
         U, V, cores = joint(encoding)
@@ -277,7 +280,7 @@ def test_jd(case: Case, normalise: bool) -> None:
         assert error - full_error(fitted, better, V) < 1e-6 * total
         # Both descend from a start of their own; neither should be far behind.
         assert (
-            error <= 1.05 * oracles.joint_full(fitted, k, 300).squared_error(fitted) + 1e-9 * total
+            error <= 1.05 * oracles.joint_full(fitted, k, 100).squared_error(fitted) + 1e-9 * total
         )
 
 
@@ -293,9 +296,7 @@ def test_jd_at_full_rank_loses_nothing(case: Case) -> None:
 @pytest.mark.parametrize("case", EQUAL_RANK_CASES, ids=str)
 def test_jd_with_diagonal_cores(case: Case) -> None:
     """No further round of least squares helps, and full cores of that size do at least as well."""
-    merger = build(
-        "jd", rank=2, diagonal=True, normalise=False, tolerance=1e-12, max_iterations=3000
-    )
+    merger = build("jd", rank=2, diagonal=True, normalise=False, tolerance=1e-9, max_iterations=300)
     full = merge(build("jd", rank=2, normalise=False, tolerance=1e-12), case)
     for path, encoding in merge(merger, case).items():
         deltas = [oracles.dense(part) for part in case.parts(path)]
@@ -339,12 +340,14 @@ def own_factors(encoding: Result, name: str) -> tuple[oracles.Matrix, oracles.Ma
     return A.double().numpy(), Bt.double().numpy().T, encoding.scaling(name)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    "fields", [{}, {"rank": 1}, {"rank": 3}, {"energy": 0.8}, {"error": 0.3}], ids=str
-)
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_truncate(case: Case, fields: dict[str, Any], dtype: torch.dtype) -> None:
+def test_truncate(case: Case) -> None:
+    choices: list[dict[str, Any]] = [{}, {"rank": 1}, {"rank": 3}, {"energy": 0.8}, {"error": 0.3}]
+    for fields, dtype in itertools.product(choices, TOLERANCE):
+        check_truncate(case, fields, dtype)
+
+
+def check_truncate(case: Case, fields: dict[str, Any], dtype: torch.dtype) -> None:
     for path, encoding in merge(build("truncate", **fields), case, dtype=dtype).items():
         for name, part in zip(sorted(case.modules[path]), case.parts(path), strict=True):
             delta, own = oracles.dense(part), part[0].shape[0]
@@ -374,11 +377,16 @@ def unpacked(matrix: QuantisedMatrix[torch.Tensor]) -> Codes:
     return codes[:, : matrix.columns] - 2 ** (matrix.bits - 1)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 64), (8, 4), (4, 3), (4, 64)])
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_quantize(case: Case, bits: int, group_size: int, dtype: torch.dtype) -> None:
+def test_quantize(case: Case) -> None:
     """Codes agree but where an entry lies within rounding of the middle between two codes."""
+    check_quantize(case, 8, 64, torch.float64)
+    check_quantize(case, 8, 4, torch.float32)
+    check_quantize(case, 4, 3, torch.float64)
+    check_quantize(case, 4, 64, torch.float32)
+
+
+def check_quantize(case: Case, bits: int, group_size: int, dtype: torch.dtype) -> None:
     merged = merge(build("quantize", bits=bits, group_size=group_size), case, dtype=dtype)
     for path, encoding in merged.items():
         assert isinstance(encoding, AdapterFactorsEncoding)

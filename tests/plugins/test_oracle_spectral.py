@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import oracles
 from oracles.compare import (
@@ -16,6 +15,7 @@ from oracles.compare import (
     build,
     dense_delta,
     equal_weights,
+    in_each_dtype,
 )
 from stacks import ALL_CASES, Case, collection, merge
 from unmerge_bundle.encodings import FactorsEncoding
@@ -32,25 +32,23 @@ def summed(case: Case, path: str) -> oracles.Matrix:
     return oracles.task_arithmetic(case.parts(path))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_mm_svd_keeps_the_largest_rank(case: Case, dtype: torch.dtype) -> None:
-    for path, encoding in merge(build("mm_svd", inner=SUM), case, dtype=dtype).items():
+def test_mm_svd_keeps_the_largest_rank(case: Case) -> None:
+    for dtype, path, encoding in in_each_dtype(build("mm_svd", inner=SUM), case):
         rank = max(f.rank for f in case.modules[path].values())
         wanted = oracles.truncated(summed(case, path), rank)
         assert_close(dense_delta(encoding), wanted, TOLERANCE[dtype], scale=size(case, path))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_mm_svd_by_energy_and_by_error(case: Case, dtype: torch.dtype) -> None:
+def test_mm_svd_by_energy_and_by_error(case: Case) -> None:
     for field, choose, bounds in (
         ("energy", oracles.rank_for_energy, (0.5, 0.9, 0.999)),
         ("error", oracles.rank_for_error, (0.7, 0.2, 0.01)),
     ):
         for bound in bounds:
-            merged = merge(build("mm_svd", inner=SUM, **{field: bound}), case, dtype=dtype)
-            for path, encoding in merged.items():
+            merger = build("mm_svd", inner=SUM, **{field: bound})
+            for dtype, path, encoding in in_each_dtype(merger, case):
                 total = summed(case, path)
                 rank = choose(total, bound)
                 assert isinstance(encoding, FactorsEncoding)
@@ -95,12 +93,10 @@ def test_mm_svd_of_a_dense_rule(case: Case, inner: dict[str, Any]) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rank", [None, 1, 2])
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_tsv(case: Case, rank: int | None, dtype: torch.dtype) -> None:
-    merged = merge(build("tsv", rank=rank, scale=0.7), case, dtype=dtype)
-    for path, encoding in merged.items():
+def test_tsv(case: Case, rank: int | None) -> None:
+    for dtype, path, encoding in in_each_dtype(build("tsv", rank=rank, scale=0.7), case):
         wanted = oracles.tsv(case.parts(path), rank=rank, scale=0.7)
         assert_close(dense_delta(encoding), wanted, TOLERANCE[dtype], scale=size(case, path))
 
@@ -115,10 +111,9 @@ def test_an_absent_adapter_does_not_count_when_renormalised(method: str) -> None
         assert_close(dense_delta(encoding), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_iso_c(case: Case, dtype: torch.dtype) -> None:
-    for path, encoding in merge(build("iso_c", scale=0.7), case, dtype=dtype).items():
+def test_iso_c(case: Case) -> None:
+    for dtype, path, encoding in in_each_dtype(build("iso_c", scale=0.7), case):
         wanted = oracles.iso_c(case.parts(path), scale=0.7)
         assert_close(dense_delta(encoding), wanted, 10 * TOLERANCE[dtype], scale=size(case, path))
 
@@ -140,10 +135,9 @@ LORE_FIELDS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("fields", LORE_FIELDS, ids=str)
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_lore(case: Case, fields: dict[str, Any], dtype: torch.dtype) -> None:
+def test_lore(case: Case, fields: dict[str, Any]) -> None:
     """Equal numbers of rounds: which quantity the tolerance is measured on is not compared."""
     case = equal_weights(case)
     for iterations, share in ((1, 0.3), (5, 0.05)):
@@ -155,7 +149,7 @@ def test_lore(case: Case, fields: dict[str, Any], dtype: torch.dtype) -> None:
         merger = build(
             "lore", mu=mu, tolerance=1e-300, max_iterations=iterations, absent="zero", **fields
         )
-        for path, encoding in merge(merger, case, dtype=dtype).items():
+        for dtype, path, encoding in in_each_dtype(merger, case):
             parts = case.parts(path, absent_as_zero=True)
             wanted = oracles.lore(parts, mu=mu, iterations=iterations, **fields)
             assert_close(dense_delta(encoding), wanted, TOLERANCE[dtype], scale=size(case, path))
