@@ -133,12 +133,12 @@ def test_the_svg_names_adapters_and_modules(zoo: Path, tmp_path: Path) -> None:
 
 def test_a_plot_of_missing_modules_many_adapters_and_no_interference(tmp_path: Path) -> None:
     some = [
-        *random_collection(70, modules={"a.$q": (3, 2)}, rank=1),
+        *random_collection(70, modules={"a.$q$": (3, 2)}, rank=1),
         make_adapter("other", seed=1, modules={"b": (3, 2)}, rank=1),
     ]
     found = analyze(store_of(tmp_path / "zoo", some))
     plot_analysis(found, tmp_path / "many.svg")
-    assert r"a.$q" in (tmp_path / "many.svg").read_text()
+    assert ">a.$q$</text>" in (tmp_path / "many.svg").read_text()
     one = analyze(store_of(tmp_path / "one", some[-1:]))
     plot_analysis(one, tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 1000

@@ -130,6 +130,7 @@ def test_the_tables_are_symmetric_to_the_bit_and_within_their_range() -> None:
     assert bool((found.cosines.abs() <= 1).all())
     assert bool((found.shares <= 1).all())
     assert bool((found.shares >= 0).all())
+    assert found.cosines.diagonal().tolist() == [1.0] * 7
     assert found.cosines[0, 5] == pytest.approx(1, abs=1e-15)
     assert found.cosines[1, 6] == pytest.approx(-float(np.sign(having[1].scaling)), abs=1e-15)
 
@@ -209,6 +210,12 @@ def test_a_cosine_near_one_is_right_to_the_last_digits() -> None:
     found = cosine(first, second)
     assert found <= 1
     assert abs(float(np.longdouble(found) - expected)) < 2e-15
+
+
+def test_duplicates_have_cosine_one_but_for_one_rounding() -> None:
+    for seed in range(20):
+        f = random_factors(seed, rank=16, d_out=64, d_in=48)
+        assert cosine(f, f) == pytest.approx(1, abs=3e-16)
 
 
 def test_numerical_rank_leaves_out_padding_and_rounding() -> None:
