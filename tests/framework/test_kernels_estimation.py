@@ -50,6 +50,15 @@ def test_both_ways_of_thresholding_agree_where_they_meet() -> None:
         assert float((svt(values, mu).matrices[0] - shrunk).norm()) < 1e-12
 
 
+def test_a_threshold_too_small_for_gram_matrices_is_exact() -> None:
+    """σ = 1 and 2e-7 at μ = 1e-7: the square of the second is lost beside that of the first."""
+    left, right = orthonormal(9, 2, 1), orthonormal(7, 2, 2)
+    sigma = torch.tensor([1.0, 2e-7], dtype=torch.float64)
+    values = ((left * sigma) @ right.T)[None]
+    shrunk = (left * (sigma - 1e-7)) @ right.T
+    assert float((svt(values, 1e-7).matrices[0] - shrunk).norm()) < 1e-14
+
+
 def test_svt_by_hand() -> None:
     values = torch.diag(torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64))[None]
     assert torch.allclose(svt(values, 1.0).matrices[0].diagonal(), values.new_tensor([2, -1, 0]))

@@ -77,6 +77,13 @@ def test_a_basis_larger_than_the_space_is_the_space() -> None:
     assert full_error(normal(3, 4, 2), joint) < 1e-14
 
 
+def test_a_basis_larger_than_what_there_is_to_span_is_completed() -> None:
+    joint = joint_bases(normal(1, 4, 2), 3, tolerance=1e-9, max_iterations=5)
+    assert joint.left.shape == (4, 3)
+    np.testing.assert_allclose((joint.left.T @ joint.left).numpy(), np.eye(3), atol=1e-14)
+    assert full_error(normal(1, 4, 2), joint) < 1e-14
+
+
 def test_jointly_diagonal_matrices_are_found_exactly() -> None:
     """`X diag(c_i) Yᵀ` with three general directions: no orthonormal bases of size 3 are needed."""
     X, Y = normal(6, 3), normal(5, 3, seed=1)
@@ -93,6 +100,9 @@ def test_as_many_directions_as_the_matrices_have_lose_nothing() -> None:
         joint = joint_rank_ones(matrices, rank, tolerance=1e-9, max_iterations=50)
         assert diagonal_error(matrices, joint) < 1e-13
         assert (joint.iterations, joint.converged) == (1, True)
+        # None is taken twice, not even among those without size.
+        likeness = ((joint.left.T @ joint.left) * (joint.right.T @ joint.right)).abs()
+        assert float((likeness - torch.eye(rank)).max()) < 0.999
 
 
 def test_a_direction_given_twice_is_taken_once() -> None:
@@ -120,6 +130,15 @@ def test_diagonal_cores_solve_the_least_squares_problem() -> None:
     products = np.stack([np.outer(X[:, k], Y[:, k]).reshape(-1) for k in range(3)], axis=1)
     wanted = np.linalg.lstsq(products, matrices.reshape(4, -1).T.numpy(), rcond=None)[0].T
     np.testing.assert_allclose(diagonal_cores(matrices, X, Y).numpy(), wanted, atol=1e-12)
+
+
+def test_directions_that_are_nearly_parallel_are_told_apart() -> None:
+    X = torch.tensor([[1.0, 1.0], [0.0, 1e-5]], dtype=torch.float64)
+    Y = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    X = X / X.norm(dim=0)
+    cores = torch.tensor([[3.0, -2.0]], dtype=torch.float64)
+    matrices = (X * cores[:, None, :]) @ Y.T
+    np.testing.assert_allclose(diagonal_cores(matrices, X, Y), cores, rtol=1e-9)
 
 
 def test_zeros_and_single_entries_are_fine() -> None:
