@@ -120,6 +120,25 @@ def collection(
     return Case(name, modules, dict(zip(names, weights, strict=False)))
 
 
+def of_deltas(
+    modules: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+    weights: Mapping[str, float] | None = None,
+) -> Case:
+    """Return adapters with exactly these deltas: B holds the matrix, A is the identity."""
+    factors = {
+        path: {
+            name: Factors(
+                A=torch.eye(len(rows[0]), dtype=torch.float64),
+                B=torch.tensor(rows, dtype=torch.float64),
+                scaling=1.0,
+            )
+            for name, rows in having.items()
+        }
+        for path, having in modules.items()
+    }
+    return Case("by hand", factors, weights or {})
+
+
 def _duplicates() -> Case:
     case = collection((4, 4), name="duplicates", seed=2)
     having = case.modules["layer.0"]
