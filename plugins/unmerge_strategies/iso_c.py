@@ -34,7 +34,7 @@ class IsoC(Merger, frozen=True):
     mean.
 
     Source: "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces"
-    (arXiv 2502.04959), section 4.1. Its λ is tuned on validation data; 1 is the default here.
+    (arXiv 2502.04959), section 4. Its λ is tuned on validation data; 1 is the default here.
     """
 
     method: ClassVar[str] = "iso_c"

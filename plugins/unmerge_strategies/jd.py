@@ -39,7 +39,7 @@ class Jd(ReversibleMerger, frozen=True):
     error over all adapters, `iterations`, and whether they `converged` (0 or 1).
 
     Source: "Compress then Serve: Serving Thousands of LoRA Adapters with Little Overhead" (arXiv
-    2407.00066), section 3.2, JD-Full and JD-Diag. Both descend to a local optimum; the paper starts
+    2407.00066), section 3, JD-Full and JD-Diag. Both descend to a local optimum; the paper starts
     at random, this from the best bases for one side alone (full) and from the adapters' own
     singular directions, chosen by pivoting (diagonal), so that the result is determined.
     """

@@ -37,7 +37,7 @@ class Tsv(Merger, frozen=True):
     direction at float32 and are left out; public code completes them arbitrarily.
 
     Source: "Task Singular Vectors: Reducing Task Interference in Model Merging" (arXiv
-    2412.00081), section 4.2 and Algorithm 1. k there is ⌊min(d_out, d_in) / N⌋, made for full
+    2412.00081), TSV-Merge, Algorithm 1. k there is ⌊min(d_out, d_in) / N⌋, made for full
     fine-tuning; here N counts the adapters that have the module, and k is at most r_i and at least
     1.
     """

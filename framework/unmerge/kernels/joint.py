@@ -43,7 +43,7 @@ def joint_bases(
         and the other way round; Y starts as the leading right singular vectors of all M_i. SVDs
         of triangular factors, not Gram matrices: bases of matrices that need no more than `rank`
         directions reproduce them to rounding. A local optimum; O(N a b (a + b)) an iteration.
-    Source: arXiv 2407.00066, section 3.2 (JD-Full).
+    Source: arXiv 2407.00066, section 3 (JD-Full).
     """
     a, b = matrices.shape[1:]
     energy = float(matrices.square().sum())
@@ -91,7 +91,7 @@ def joint_rank_ones(
         most given those before it (pivoted Cholesky), so that as many as the matrices have
         together reproduce them; then least squares for c, X and Y in turn, columns rescaled to
         length 1. A local optimum; O(N a b k) an iteration.
-    Source: arXiv 2407.00066, section 3.2 (JD-Diag); a canonical polyadic decomposition.
+    Source: arXiv 2407.00066, section 3 (JD-Diag); a canonical polyadic decomposition.
     """
     X, Y = _pivoted_directions(matrices, rank)
     energy = float(matrices.square().sum())
