@@ -4,6 +4,7 @@
 """
 
 from unmerge_bundle.adapters import AdapterRecord, RecordedModule
+from unmerge_bundle.append import Appended, append_adapter
 from unmerge_bundle.documents import check_message
 from unmerge_bundle.encodings import (
     AdapterFactorsEncoding,
@@ -18,9 +19,11 @@ from unmerge_bundle.encodings import (
     SharedFactorsEncoding,
 )
 from unmerge_bundle.errors import (
+    AdapterInBundleError,
     AdapterNotInBundleError,
     BlobError,
     BlobSizeError,
+    BundleBusyError,
     BundleError,
     DigestMismatchError,
     InvalidInputError,
@@ -31,10 +34,12 @@ from unmerge_bundle.errors import (
     NotABundleError,
     OutputExistsError,
     ReconstructionMismatchError,
+    RefitError,
     TensorMismatchError,
     UnsupportedVersionError,
     WrongKindError,
 )
+from unmerge_bundle.fitting import Fit, fit_adapter
 from unmerge_bundle.measure import compare, measure, relative_errors
 from unmerge_bundle.model import (
     FORMAT_VERSION,
@@ -64,14 +69,17 @@ from unmerge_bundle.writer import BundleWriter, GenerationInfo
 __all__ = [
     "FORMAT_VERSION",
     "AdapterFactorsEncoding",
+    "AdapterInBundleError",
     "AdapterNotInBundleError",
     "AdapterRecord",
     "AffineBasisEncoding",
     "Amount",
+    "Appended",
     "BaseModelId",
     "BlobError",
     "BlobSizeError",
     "Bundle",
+    "BundleBusyError",
     "BundleError",
     "BundleSize",
     "BundleWriter",
@@ -80,6 +88,7 @@ __all__ = [
     "DigestMismatchError",
     "Encoding",
     "FactorsEncoding",
+    "Fit",
     "GenerationInfo",
     "InvalidInputError",
     "ManifestError",
@@ -96,6 +105,7 @@ __all__ = [
     "QuantisedMatrix",
     "ReconstructionMismatchError",
     "RecordedModule",
+    "RefitError",
     "RestoredAdapter",
     "RestoredDelta",
     "RestoredModule",
@@ -109,12 +119,14 @@ __all__ = [
     "UnsupportedVersionError",
     "VerifyReport",
     "WrongKindError",
+    "append_adapter",
     "check_key",
     "check_message",
     "check_module_path",
     "check_name",
     "compare",
     "dequantise",
+    "fit_adapter",
     "measure",
     "open",
     "quantise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from unmerge_bundle.encodings import (
     FactorsEncoding,
     MaskedDeltaEncoding,
     QuantisedMatrix,
+    RestoringEncoding,
     SharedFactorsEncoding,
 )
 from unmerge_bundle.errors import InvalidInputError, TensorMismatchError
@@ -60,9 +62,11 @@ def module_entry(path: str, encoding: Encoding[Array]) -> Module:
         if isinstance(encoding, DeltaEncoding):
             return DeltaModule(**common, blob=0)
         if isinstance(encoding, AffineBasisEncoding):
+            _check_count(path, encoding, encoding.coefficients_A, encoding.coefficients_B)
             basis_size, rank, _ = encoding.basis_A.shape
             return AffineBasisModule(**common, blob=0, rank=rank, basis_size=basis_size)
         if isinstance(encoding, SharedFactorsEncoding):
+            _check_count(path, encoding, encoding.cores)
             return SharedFactorsModule(
                 **common,
                 blob=0,
@@ -71,17 +75,21 @@ def module_entry(path: str, encoding: Encoding[Array]) -> Module:
                 diagonal=encoding.diagonal,
             )
         if isinstance(encoding, MaskedDeltaEncoding):
+            _check_count(path, encoding, encoding.masks)
             return MaskedDeltaModule(**common, blob=0)
         if isinstance(encoding, AdapterFactorsEncoding):
+            _check_count(path, encoding, encoding.A, encoding.B_transposed)
             return AdapterFactorsModule(
                 **common, blob=None, quantisation=_quantisation(path, encoding)
             )
+    except TensorMismatchError:
+        raise
     except ValidationError as problem:
         raise InvalidInputError(first_problem(problem), path=path) from problem
     except (ValueError, IndexError):
         shapes = {name: tensor.shape for name, tensor in encoding.shared_tensors().items()}
         raise TensorMismatchError(
-            f"tensors of a {encoding.kind} encoding have shapes {shapes}", path=path
+            f"shared tensors of encoding {encoding.kind} have shapes {shapes}", path=path
         ) from None
     raise InvalidInputError(
         f"encoding {encoding.kind!r} is not one of factors, delta, affine_basis, shared_factors, "
@@ -90,20 +98,23 @@ def module_entry(path: str, encoding: Encoding[Array]) -> Module:
     )
 
 
+def _check_count(path: str, encoding: RestoringEncoding[Array], *stacks: Sized) -> None:
+    for stack in stacks:
+        if len(stack) != len(encoding.names):
+            raise TensorMismatchError(
+                f"{len(encoding.names)} adapters, but something of its own for {len(stack)} in "
+                f"encoding {encoding.kind}",
+                path=path,
+            )
+
+
 def _quantisation(path: str, encoding: AdapterFactorsEncoding[Array]) -> Quantisation | None:
     """Return how all matrices are quantised, `None` where they are raw.
 
     Raises:
-        TensorMismatchError: They differ, there are not as many as adapters, or a matrix claims
-            another number of columns than the module has.
+        TensorMismatchError: They differ, or a matrix claims another number of columns than the
+            module has.
     """
-    count = len(encoding.names)
-    if len(encoding.A) != count or len(encoding.B_transposed) != count:
-        raise TensorMismatchError(
-            f"{count} adapters, but {len(encoding.A)} matrices A and "
-            f"{len(encoding.B_transposed)} B_transposed",
-            path=path,
-        )
     found: set[tuple[int, int] | None] = set()
     for matrices, columns in (
         (encoding.A, encoding.d_in),

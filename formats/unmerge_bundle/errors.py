@@ -86,6 +86,24 @@ class AdapterNotInBundleError(BundleError, LookupError):
     code = "adapter-not-in-bundle"
 
 
+class AdapterInBundleError(BundleError, ValueError):
+    """The bundle holds an adapter of that name already."""
+
+    code = "adapter-in-bundle"
+
+
+class RefitError(BundleError, ValueError):
+    """An adapter does not fit the bundle's shared tensors: merge again with it."""
+
+    code = "refit"
+
+
+class BundleBusyError(BundleError, TimeoutError):
+    """Another writer is at work on the bundle, or has changed it meanwhile."""
+
+    code = "busy"
+
+
 class WrongKindError(BundleError, ValueError):
     """`restore` on a bundle that holds one merged adapter, `export` on one that restores."""
 

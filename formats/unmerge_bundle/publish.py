@@ -22,7 +22,14 @@ from unmerge_bundle.errors import BundleError, InvalidInputError, OutputExistsEr
 from unmerge_bundle.jsontext import parse_object
 from unmerge_bundle.model import FORMAT, MANIFEST_NAME, MAX_MANIFEST_BYTES
 
-__all__ = ["ADAPTER_DIRECTORY", "BUNDLE", "OutputDirectory", "OutputKind", "write_file"]
+__all__ = [
+    "ADAPTER_DIRECTORY",
+    "BUNDLE",
+    "OutputDirectory",
+    "OutputKind",
+    "flush_directory",
+    "write_file",
+]
 
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}\.(json|safetensors)")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
@@ -168,7 +175,7 @@ class OutputDirectory:
             OutputExistsError: `path` has appeared meanwhile and may not be replaced.
         """
         for folder, _, _ in os.walk(self.partial):
-            _flush_directory(Path(folder))
+            flush_directory(Path(folder))
         replaced: Path | None = None
         if self._check():
             replaced = self._sibling("replaced")
@@ -182,7 +189,7 @@ class OutputDirectory:
                 raise self._exists() from None
             raise
         self._published = True
-        _flush_directory(self.path.absolute().parent)
+        flush_directory(self.path.absolute().parent)
         if replaced is not None:
             shutil.rmtree(replaced)
 
@@ -244,7 +251,8 @@ def _check_path(path: Path) -> None:
         )
 
 
-def _flush_directory(folder: Path) -> None:
+def flush_directory(folder: Path) -> None:
+    """Flush the names in `folder` to the disk, where the system knows how to."""
     if os.name != "posix":  # elsewhere directories cannot be opened, and need no flushing
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -37,9 +37,10 @@ def quantise(
 ) -> QuantisedMatrix[Array]:
     """Return `matrix` quantised symmetrically, each group by its largest magnitude.
 
-    With `m = 2^(bits - 1) - 1`, a group's scale is its largest magnitude over m, rounded to
-    `dtype`; its codes are the entries over that rounded scale, rounded to nearest-even, at most m
-    in magnitude, plus `2^(bits - 1)`. A group of zeros has the scale 0. Computed in float64.
+    With `m = 2^(bits - 1) - 1`, a group's scale is its largest magnitude over m, rounded to 8
+    significant bits, which float32 and bfloat16 hold exactly, and then to `dtype`; its codes are
+    the entries over that scale, rounded to nearest-even, at most m in magnitude, plus
+    `2^(bits - 1)`. A group of zeros has the scale 0. Computed in float64.
 
     Args:
         matrix: `(rows, columns)`, finite.
@@ -56,13 +57,15 @@ def quantise(
     padded = np.zeros((rows, groups * group_size))
     padded[:, :columns] = matrix
     grouped = padded.reshape(rows, groups, group_size)
+    mantissa, exponent = np.frexp(np.abs(grouped).max(axis=2) / largest)
+    exact = np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8)
     with np.errstate(over="ignore", under="ignore"):
-        scales = (np.abs(grouped).max(axis=2) / largest).astype(FLOAT_DTYPES[dtype])
+        scales = exact.astype(FLOAT_DTYPES[dtype])
     if not all_finite(scales):
         raise NonFiniteError(f"a scale overflows {dtype}; quantise in a wider dtype")
-    # A scale that rounds to 0 leaves only codes for 0: the group is below what `dtype` can say.
     divisor = scales.astype(np.float64)[:, :, None]
     quotient = np.divide(grouped, divisor, out=np.zeros_like(grouped), where=divisor > 0)
+    # Clipped for float16 alone, whose subnormal scales may be rounded down by much.
     integers = np.clip(np.rint(quotient), -largest, largest).astype(np.int16) + (largest + 1)
     codes = integers.reshape(rows, -1)[:, :columns].astype(np.uint8)
     if bits == 4:

@@ -24,6 +24,7 @@ from unmerge_bundle.model import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     Descriptor,
+    Generation,
     Manifest,
     parse_manifest,
 )
@@ -144,6 +145,7 @@ class _Run:
     depth: Depth
     problems: list[Problem] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
+    checked: set[tuple[object, ...]] = field(default_factory=set)
     generations: int = 0
     sources: int = 0
     adapters: int = 0
@@ -181,11 +183,20 @@ class _Run:
         """Check all generations; return the current one, unless its document is bad."""
         parent: str | None = None
         bundle: Bundle | None = None
+        before: Generation | None = None
         for entry in manifest.generations:
             bundle = None
             with self.collecting():
                 generation = load_generation(self.root, entry, parent)
                 bundle = Bundle(self.root, manifest.generations[: entry.number], generation)
+                # An append changes neither; then blobs that were checked need not be again, which
+                # would take the square of the number of generations.
+                if before is None or (before.modules, before.store_dtype) != (
+                    generation.modules,
+                    generation.store_dtype,
+                ):
+                    self.checked.clear()
+                before = generation
                 self._check_blobs(bundle)
             parent = entry.document.digest
             self.generations += 1
@@ -194,6 +205,8 @@ class _Run:
     def _check_blobs(self, bundle: Bundle) -> None:
         dtype = bundle.generation.store_dtype
         for index, descriptor in enumerate(bundle.generation.shared):
+            if self._is_checked(index, descriptor):
+                continue
             with self.collecting():
                 blob = self._open(bundle, descriptor)
                 for entry in bundle.generation.modules:
@@ -201,7 +214,11 @@ class _Run:
                         for tensor, layout in entry.shared_layout().items():
                             name = f"modules/{entry.path}/{tensor}"
                             check_tensor(name, blob.array(name), layout, dtype, where=blob.where)
+        digests = {source.name: source.digest for source in bundle.generation.sources}
         for adapter in bundle.generation.adapters:
+            absent = bundle.generation.absent.get(adapter.name, ())
+            if self._is_checked(adapter.blob, adapter.name, digests[adapter.name], absent):
+                continue
             with self.collecting():
                 blob = self._open(bundle, adapter.blob)
                 metadata = bundle.adapter_metadata(adapter.name, blob)
@@ -212,6 +229,12 @@ class _Run:
                 for key in metadata.verbatim:
                     blob.array(f"verbatim/{key}")
                 bundle.recorded_errors(blob, metadata)
+
+    def _is_checked(self, *what: object) -> bool:
+        """Return whether this was asked for before, among generations of the same modules."""
+        known = what in self.checked
+        self.checked.add(what)
+        return known
 
     def _open(self, bundle: Bundle, descriptor: Descriptor) -> BlobReader:
         blob = bundle.open_blob(descriptor)

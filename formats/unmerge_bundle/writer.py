@@ -192,6 +192,14 @@ class BundleWriter:
         self._check_open()
         if path in self._modules:
             raise InvalidInputError("added twice; add every module once", path=path)
+        measured = dict(errors or {})
+        names = encoding.adapters
+        if set(measured) != set(names) or len(set(names)) != len(names):
+            raise InvalidInputError(
+                f"expected distinct adapters with one measured error each, got adapters "
+                f"{sorted(names)} and errors of {sorted(measured)}",
+                path=path,
+            )
         entry = module_entry(path, encoding)
         first = next(iter(self._modules.values()), entry)
         if (entry.restores is None) != (first.restores is None):
@@ -203,14 +211,6 @@ class BundleWriter:
         dtype = self._info.store_dtype
         shared = encoding.shared_tensors()
         check_stored(path, shared, entry.shared_layout(), dtype)
-        measured = dict(errors or {})
-        names = encoding.adapters
-        if set(measured) != set(names) or len(set(names)) != len(names):
-            raise InvalidInputError(
-                f"expected distinct adapters with one measured error each, got adapters "
-                f"{sorted(names)} and errors of {sorted(measured)}",
-                path=path,
-            )
         own: dict[str, dict[str, Array]] = {}
         if isinstance(encoding, RestoringEncoding) and not isinstance(
             entry, FactorsModule | DeltaModule
