@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from unmerge.errors import UnmergeError
 from unmerge.merger import Merger
@@ -20,7 +21,7 @@ from unmerge.testing.processes import digest_here
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
-    """Return `{"digest": …}`, `{"error": …}`, or `{"skipped": …}` where there is no such class."""
+    """Return `{"digest": …}`, `{"error": …}`, or `{"skipped": …}` where it cannot be built."""
     sys.path[:] = request["path"]
     name = f"{request['module']}.{request['class']}"
     try:
@@ -31,10 +32,11 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         return {"skipped": f"{name} cannot be imported in another process: {error}"}
     try:
         merger: Merger = found.model_validate(request["recipe"])
+    except (UnmergeError, ValidationError) as error:
+        # A nested strategy, say, that was registered by hand in the asking process only.
+        return {"skipped": f"{name} cannot be built from its recipe in another process: {error}"}
+    try:
         return {"digest": digest_here(merger)}
-    except UnmergeError as error:
-        # A nested strategy that only the other process registered by hand, say.
-        return {"error": f"{type(error).__name__}: {error}"}
     except Exception as error:  # noqa: BLE001 - foreign code; the asking process reports it
         return {"error": f"{type(error).__name__}: {error}"}
 

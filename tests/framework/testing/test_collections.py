@@ -15,7 +15,6 @@ from unmerge.errors import ConfigError, IncompatibleAdaptersError
 from unmerge.testing import (
     AdapterCollection,
     adapter_collections,
-    check_merger,
     random_collection,
     write_zoo,
 )
@@ -183,7 +182,3 @@ def test_what_is_ruled_out_is_not_drawn(collection: AdapterCollection) -> None:
         for f in having.values():
             assert f.scaling > 0
             assert torch.equal(f.A, f.A.round())
-
-
-def test_the_example_of_the_kit_runs() -> None:
-    assert all(result.ok for result in check_merger(TaskArithmetic(scale=0.3)))
