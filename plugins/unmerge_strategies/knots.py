@@ -111,7 +111,8 @@ class Knots(Merger, frozen=True):
 
     def predict(self, shape: ModuleShape) -> OutputSize:
         """Return the elements of one adapter whose rank is the most that the blocks can have."""
-        rank = min(sum(shape.ranks), shape.d_out if self.axis == "output" else shape.d_in)
+        total = sum(min(rank, shape.d_out, shape.d_in) for rank in shape.ranks)
+        rank = min(total, shape.d_out if self.axis == "output" else shape.d_in)
         return OutputSize(shared=rank * (shape.d_out + shape.d_in), at_most=True)
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
