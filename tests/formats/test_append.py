@@ -381,6 +381,25 @@ def test_a_removed_lock_file_is_no_lock(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_lock_on_a_file_that_is_gone_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unmerge_bundle import lock
+
+    real, tries = lock._try_lock, []
+
+    def late(descriptor: int) -> bool:
+        if not tries:  # the holder removes its file between our opening and locking it
+            (tmp_path / ".x.lock").unlink()
+        tries.append(descriptor)
+        return real(descriptor)
+
+    monkeypatch.setattr(lock, "_try_lock", late)
+    with locked(tmp_path / "x", timeout=5):
+        assert (tmp_path / ".x.lock").exists()
+    assert len(tries) == 2
+
+
 def test_verify_reads_every_blob_once(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for index in range(4):
         append(bundle_path, f"n{index}")

@@ -1,4 +1,5 @@
 import math
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmerge_bundle import relative_errors
+from unmerge_bundle import compare, relative_errors
+from unmerge_bundle.measure import delta_error
 
 Array = npt.NDArray[Any]
 
@@ -77,6 +79,53 @@ def test_small_errors_do_not_cancel() -> None:
     shift = 1e-12
     errors = relative_errors((A, B), (A * (1 + shift), B))
     assert errors.delta == pytest.approx(shift, rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [4, 9])
+def test_another_form_of_the_same_delta_is_near_to_it(rank: int) -> None:
+    A, B = draw(0, 50, 40, 4, np.float64)
+    rng = np.random.default_rng(1)
+    gauge = rng.standard_normal((4, rank))
+    A_hat, B_hat = np.linalg.pinv(gauge) @ A, B @ gauge
+    if rank == 4:
+        assert relative_errors((A, B), (A_hat, B_hat)).factors > 0.1  # type: ignore[operator]
+    else:
+        A_hat, B_hat = np.linalg.pinv(gauge.T @ gauge) @ gauge.T @ A, B @ gauge
+    # Gram matrices alone would leave 1e-8 here.
+    assert relative_errors((A, B), (A_hat, B_hat)).delta < 1e-12
+    shifted = relative_errors((A, B), (A_hat * (1 + 1e-9), B_hat))
+    assert shifted.delta == pytest.approx(1e-9, rel=1e-4)
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 50, 1])
+@pytest.mark.parametrize("scaling", [2.0, -0.5, 0.0])
+def test_dense_deltas_are_compared_in_row_blocks(
+    monkeypatch: pytest.MonkeyPatch, piece: int, scaling: float
+) -> None:
+    monkeypatch.setattr(sys.modules[delta_error.__module__], "_PIECE", piece)
+    A, B = draw(0, 30, 20, 3)
+    delta = dense(draw(1, 30, 20, 5), 1.0).astype(np.float32)
+    original = dense((A, B), scaling)
+    errors = delta_error((A, B), delta, source_scaling=scaling)
+    if scaling:
+        expected = np.linalg.norm(delta - original) / np.linalg.norm(original)
+        assert errors.delta == pytest.approx(expected, rel=1e-12)
+    else:
+        assert errors.delta == math.inf
+    assert errors.factors is None
+    assert delta_error((A, B), original, source_scaling=scaling).delta == 0.0
+    half = original.astype(ml_dtypes.bfloat16)
+    rounded = delta_error((A, B), half, source_scaling=scaling).delta
+    assert rounded < 4e-3
+
+
+def test_only_factors_that_stand_for_the_originals_have_an_error() -> None:
+    A, B = draw(0, 5, 4, 2)
+    for restores in ("factors", "delta"):
+        errors = compare((A, B), (A, B), restores=restores, source_scaling=1.0, scaling=1.0)  # type: ignore[arg-type]
+        assert errors.factors == (0.0 if restores == "factors" else None)
+    with pytest.raises(ValueError, match="does not fit"):
+        delta_error((A, B), B @ A[:, :3])
 
 
 def test_zero_originals() -> None:

@@ -147,6 +147,8 @@ def put(*place: Any) -> Edit:
         (put("modules", []), "modules"),
         (put("adapters", []), "exactly where"),
         (put("adapters", 0, "name", "../up"), "not allowed"),
+        (put("adapters", 0, "generation", 2), "of generation 2, this is 1"),
+        (put("adapters", 0, "generation", 0), "generation"),
         (put("adapters", 0, "name", "aaa"), "not among the sources"),
         (put("adapters", 0, "blob", "media_type", "text/plain"), "media type"),
         (put("shared", 0, "media_type", "text/plain"), "media type"),
