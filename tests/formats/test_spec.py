@@ -5,12 +5,14 @@ import re
 import struct
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+from pydantic import Field, TypeAdapter
 
 import unmerge_bundle
+from formats.kinds import KINDS, encode, originals
 from unmerge_bundle import (
     AdapterRecord,
     AffineBasisEncoding,
@@ -18,8 +20,10 @@ from unmerge_bundle import (
     GenerationInfo,
     ModuleErrors,
     RecordedModule,
+    fit_adapter,
 )
 from unmerge_bundle.arrays import DTYPES
+from unmerge_bundle.entry import module_entry
 from unmerge_bundle.errors import BundleError
 from unmerge_bundle.jsontext import canonical_bytes
 from unmerge_bundle.model import (
@@ -33,8 +37,16 @@ from unmerge_bundle.model import (
     Generation,
     parse_manifest,
 )
+from unmerge_bundle.modules import RestoringModule, check_tensor
+from unmerge_bundle.reconstruct import restore_module
 from unmerge_bundle.verify import UNKNOWN_SOURCE
 
+ENCODING_EXAMPLES = {
+    "shared_factors",
+    "diagonal shared_factors",
+    "masked_delta",
+    "adapter_factors",
+}
 SPEC = Path(__file__).parents[2] / "docs" / "spec" / "bundle-v1.md"
 DIGEST = "sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"
 
@@ -102,13 +114,67 @@ def produced(example: Path) -> dict[str, Any]:
 
 def blocks() -> dict[str, Any]:
     text = SPEC.read_text(encoding="utf-8")
-    labelled = re.findall(r"<!-- example: ([a-z. ]+) -->\n```json\n(.*?)```", text, re.DOTALL)
+    labelled = re.findall(r"<!-- example: ([a-z._ ]+) -->\n```json\n(.*?)```", text, re.DOTALL)
     assert len(labelled) == text.count("```json"), "every JSON block has a label"
     return {label: json.loads(block) for label, block in labelled}
 
 
 def test_every_json_block_is_what_the_code_writes(example: Path) -> None:
-    assert blocks() == produced(example)
+    found = blocks()
+    expected = produced(example)
+    assert {label: found[label] for label in expected} == expected
+    assert found.keys() == expected.keys() | ENCODING_EXAMPLES
+
+
+@pytest.mark.parametrize("label", sorted(ENCODING_EXAMPLES))
+def test_the_examples_of_encodings_are_what_is_restored_and_appended(label: str) -> None:
+    example = blocks()[label]
+    adapter: TypeAdapter[RestoringModule] = TypeAdapter(
+        Annotated[RestoringModule, Field(discriminator="encoding")]
+    )
+    entry = adapter.validate_json(json.dumps({**example["entry"], "path": "layers.0", "facts": {}}))
+    layouts = {**entry.shared_layout(), **entry.adapter_layout(example["restored_rank"])}
+    assert entry.admits(example["restored_rank"])
+    tensors = {}
+    for name, values in {**example["shared"], **example["own"]}.items():
+        dtype = np.float32 if layouts[name].bits is None else np.uint8
+        tensors[name] = np.array(values, dtype=dtype)
+        check_tensor(name, tensors[name], layouts[name], "float32", where=label)
+    assert tensors.keys() == layouts.keys()
+    restored = restore_module(
+        entry, tensors, scaling=example["scaling"], dtype="float32", where=label
+    )
+    found = (
+        {"A": restored[0].tolist(), "B": restored[1].tolist()}
+        if isinstance(restored, tuple)
+        else {"delta": restored.tolist()}
+    )
+    assert found == example["restored"]
+    if "factors" in example:
+        fit = fit_adapter(
+            entry,
+            {name: tensors[name] for name in example["shared"]},
+            (np.array(example["factors"]["A"]), np.array(example["factors"]["B"])),
+            source_scaling=example["source_scaling"],
+            scaling=example["source_scaling"],
+            store_dtype="float32",
+        )
+        assert fit.tensors.keys() == example["own"].keys()
+        for name, tensor in fit.tensors.items():
+            np.testing.assert_allclose(tensor, example["own"][name], rtol=1e-6, atol=1e-6)
+        assert (fit.scaling, fit.restored_rank) == (example["scaling"], example["restored_rank"])
+
+
+def test_the_spec_lists_every_encoding_and_its_tensors() -> None:
+    text = SPEC.read_text(encoding="utf-8")
+    for kind in KINDS:
+        encoding = encode(kind, originals())
+        section = text.split(f"### `{encoding.kind}`\n")[1].split("\n#")[0]
+        for name in (*encoding.shared_tensors(), *encoding.adapter_tensors("sql")):
+            assert f"| `{name}` |" in section, name
+        for name in module_entry("x", encoding).model_dump():
+            if name not in ("path", "encoding", "d_out", "d_in", "facts", "blob"):
+                assert f"`{name}`" in section, name
 
 
 def test_the_blocks_are_valid_on_their_own() -> None:
