@@ -44,6 +44,7 @@ LAYERS = (
     ("errors", "hookspecs"),
     ("arrays",),
     ("adapter",),
+    ("appending",),
     ("kernels", "readers"),
     ("stack", "store"),
     ("merger",),
@@ -57,8 +58,8 @@ LAYERS = (
     ("demo",),
     ("cli",),
 )
-LAZY_ONLY = {"transformers", "peft", "matplotlib"}
-MAY_BE_LAZY = {"demo.py", "plot.py"}
+LAZY_ONLY = {"transformers", "peft", "matplotlib", "pytest", "hypothesis"}
+MAY_BE_LAZY = {"demo.py", "plot.py", "suites.py", "generators.py"}
 
 
 def sources(package: str) -> list[Path]:

@@ -1,6 +1,7 @@
 """Merge LoRA adapters, reversibly: public names of the framework."""
 
 from unmerge.adapter import Adapter, Factors
+from unmerge.appending import append
 from unmerge.elementwise import (
     Block,
     Blocks,
@@ -80,6 +81,7 @@ __all__ = [
     "StackModule",
     "TrimmingMerger",
     "UnmergeError",
+    "append",
     "default_registry",
     "get_plugin_manager",
     "hookimpl",

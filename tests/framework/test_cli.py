@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters import make_adapter, write_peft_directory
 from unmerge.cli import cli
+from unmerge_strategies import Rmm
 
 SHAPES = {"layers.0.q": (12, 8), "layers.0.up": (20, 8)}
 COMMANDS = sorted(cli.commands)
@@ -76,11 +77,7 @@ def test_the_whole_way(zoo: Path, adapters: Path, tmp_path: Path) -> None:
     assert plan["output_elements"] == merge["elements"]
     inspected = json.loads(ok("inspect", tmp_path / "o.rmb", "--json"))
     assert inspected["restores"] == "factors"
-    assert inspected["recipe"]["merger"] == {
-        "method": "rmm",
-        "basis_size": 3,
-        "fold_scaling": False,
-    }
+    assert inspected["recipe"]["merger"] == Rmm(basis_size=3).recipe()
     assert inspected["errors"] == merge["errors"]
     assert "sound (reconstruction)" in ok("verify", tmp_path / "o.rmb", "--store", zoo)
 
@@ -218,7 +215,7 @@ def test_a_duplicate_name_is_refused(zoo: Path, adapters: Path) -> None:
         (["--method", "rmm", "--set", "basis_size=two"], 2, "basis_size"),
         (["--method", "rmm", "--set", "basis_size"], 2, "FIELD=VALUE"),
         (["--method", "rmm", "--set", "basis_size=1", "--set", "basis_size=2"], 2, "twice"),
-        (["--method", "mm_svd", "--set", "inner.method=rmm"], 2, "not exact in factors"),
+        (["--method", "mm_svd", "--set", "inner.method=rmm"], 2, "has no merged result"),
         (["--method", "mm_svd", "--set", "inner.method=nothing"], 2, "nothing"),
         (["--method", "rmm", "--basis-size", "3"], 2, "No such option"),
         ([], 2, "--method"),
@@ -363,3 +360,75 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert result.exit_code != 0
     assert result.exception is not None
     assert not isinstance(result.exception, SystemExit)
+
+
+def test_an_adapter_is_appended_and_comes_back_beside_the_others(
+    zoo: Path, adapters: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.rmb"
+    ok("merge", zoo, out, "--method", "rmm", "--set", "basis_size=1")
+    before = json.loads(ok("inspect", out, "--json"))["errors"]
+    write_peft_directory(make_adapter("new", seed=77, modules=SHAPES), tmp_path / "new")
+    said = ok("append", out, tmp_path / "new", "-m", "one more")
+    assert "appended new as generation 2" in said
+    after = json.loads(ok("inspect", out, "--json"))
+    assert {name: after["errors"][name] for name in before} == before
+    assert after["generations"][1]["message"] == "one more"
+    mean = sum(e["delta"] for e in after["errors"]["new"].values()) / len(after["errors"]["new"])
+    # A basis of one direction, made for other random adapters, holds little of this one.
+    assert 0.3 < mean < 1.1
+    assert ok("verify", out, "--depth", "reconstruction")
+    ok("restore", out, "new", tmp_path / "restored")
+    again = run("append", out, tmp_path / "new")
+    assert again.exit_code == 1
+    assert "holds an adapter 'new' already" in again.stderr
+    assert len(json.loads(ok("inspect", out, "--json"))["generations"]) == 2
+
+
+def test_an_adapter_far_from_the_basis_is_said_to_need_a_new_merge(
+    zoo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.rmb"
+    ok("merge", zoo, out, "--method", "rmm", "--set", "basis_size=3")
+    write_peft_directory(make_adapter("new", seed=77, modules=SHAPES), tmp_path / "new")
+    assert "merge again with new" in ok("append", out, tmp_path / "new")
+
+
+def test_a_merged_bundle_takes_no_more_adapters(zoo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.rmb"
+    ok("merge", zoo, out, "--method", "average")
+    write_peft_directory(make_adapter("new", seed=77, modules=SHAPES), tmp_path / "new")
+    refused = run("append", out, tmp_path / "new")
+    assert refused.exit_code == 1
+    assert "merge again" in refused.stderr
+
+
+def test_a_full_rank_result_is_exported_with_a_rank_and_its_error(
+    zoo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.rmb"
+    said = ok("merge", zoo, out, "--method", "ties", "--set", "density=0.5")
+    assert "--rank" in said
+    refused = run("export", out, tmp_path / "merged")
+    assert refused.exit_code == 1
+    assert "rank" in refused.stderr
+    saved = json.loads(ok("export", out, tmp_path / "merged", "--rank", 3, "--json"))
+    assert 0 < saved["truncation"] < 1
+    assert (tmp_path / "merged" / "adapter_model.safetensors").is_file()
+
+
+def test_what_a_strategy_measured_is_printed_and_kept(zoo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.rmb"
+    said = ok("merge", zoo, out, "--method", "mm_svd", "--set", "rank=2")
+    assert "truncation error: 0." in said
+    modules = json.loads(ok("inspect", out, "--json"))["modules"]
+    assert all(0 < module["facts"]["truncation_error"] < 1 for module in modules)
+
+
+def test_codes_are_measured_in_bytes(zoo: Path, tmp_path: Path) -> None:
+    plan = json.loads(ok("plan", zoo, "--method", "quantize", "--set", "bits=4", "--json"))
+    assert plan["element_ratio"] is None
+    out = tmp_path / "out.rmb"
+    report = json.loads(ok("merge", zoo, out, "--method", "quantize", "--set", "bits=4", "--json"))
+    assert report["element_ratio"] is None
+    assert report["byte_ratio"] == plan["byte_ratio"] < 1

@@ -1,4 +1,4 @@
-"""Commands on a bundle: inspect, verify, restore, export."""
+"""Commands on a bundle: inspect, verify, restore, export, append."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, cast
 import click
 
 import unmerge_bundle
+from unmerge.appending import append as append_to_bundle
 from unmerge.arrays import to_numpy
 from unmerge.cli.output import (
     command,
@@ -23,8 +24,9 @@ from unmerge.cli.output import (
     size,
 )
 from unmerge.errors import ConfigError
+from unmerge.readers import read_adapter
 from unmerge.store import AdapterStore
-from unmerge_bundle import Depth, SavedAdapter, VerifyReport
+from unmerge_bundle import Appended, Depth, SavedAdapter, VerifyReport
 from unmerge_bundle.arrays import FloatDtype
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -33,6 +35,9 @@ _DTYPE = click.option(
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Dtype of the factors written; as the adapters were unless given.",
 )
+# An appended adapter this many times worse than the worst of the others calls for a new merge.
+_REFIT = 1.5
+
 _RANK = click.option(
     "--rank",
     type=click.IntRange(min=1),
@@ -261,6 +266,63 @@ def export(
     _say_unmerged(merged.unmerged)
 
 
+@command("unmerge append out.rmb adapters/new", name="append")
+@_BUNDLE
+@click.argument("adapters", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--name", help="Name of the adapter, where one is appended; else its directory's.")
+@click.option("-m", "--message", default="", help="What the new generation is for.")
+def append(
+    bundle: Path, adapters: tuple[Path, ...], name: str | None, message: str, as_json: bool
+) -> None:
+    """Append adapters to a reversible bundle, each as a new generation.
+
+    Each is fitted to what the bundle shares, which stays as it is; the error that leaves it is
+    printed. What was in the bundle comes back as before.
+    """
+    if name is not None and len(adapters) > 1:
+        raise ConfigError(f"--name names one adapter, but {len(adapters)} are given")
+    before = unmerge_bundle.open(bundle)
+    usual = max(
+        (fmean([e.delta for e in before.errors(n).values()]) for n in before.adapters), default=0.0
+    )
+    read = []
+    appended: dict[str, Appended] = {}
+    with progress_bar() as progress:
+        # All are read before the first is appended: a bad one leaves the bundle as it is.
+        for done, path in enumerate(adapters):
+            progress("read", done, len(adapters))
+            read.append(read_adapter(path, name=name))
+        for done, adapter in enumerate(read):
+            progress("append", done, len(read))
+            appended[adapter.name] = append_to_bundle(bundle, adapter, message=message)
+    if as_json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "appended": {
+                    name: {
+                        "generation": made.generation,
+                        "errors": {p: e.model_dump(mode="json") for p, e in made.errors.items()},
+                    }
+                    for name, made in appended.items()
+                },
+            }
+        )
+        return
+    for name, made in appended.items():
+        mean = fmean([e.delta for e in made.errors.values()])
+        say(
+            f"appended {name} as generation {made.generation}; relative error of the delta "
+            f"{error_text(mean)} on average, "
+            f"{error_text(max(e.delta for e in made.errors.values()))} at most"
+        )
+        if mean > _REFIT * usual:
+            say(
+                f"note: the others come back within {error_text(usual)}; merge again with "
+                f"{name} for a basis that holds it too"
+            )
+
+
 def _say_truncation(saved: SavedAdapter) -> None:
     if saved.truncation > 0:
         say(
@@ -307,4 +369,4 @@ def _fields(recipe: Mapping[str, Any]) -> str:
     return ", ".join(fields) or "none"
 
 
-COMMANDS = (inspect, verify, restore, export)
+COMMANDS = (inspect, verify, restore, export, append)
