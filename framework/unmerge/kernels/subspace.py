@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from unmerge.adapter import Factors
+from unmerge.kernels.eigen import leading_eigenvectors_last
+from unmerge.kernels.positions import BLOCK, orthonormalise, positions_first, positions_last
+
+# Batched products of fewer multiplications than this torch does by a loop of its own, at a quarter
+# of the speed of the BLAS: with a column of zeros or two a product is worth more.
+_SMALLEST_FOR_BLAS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,13 +23,17 @@ class AffineBasis:
 
     Attributes:
         mean: `(P, r)`.
-        basis: `(P, p, r)`, rows orthonormal.
+        basis: `(P, p, r)`, rows orthonormal, leading directions first.
         coefficients: `(P, N, p)`; point n is `mean + coefficients[n] @ basis`.
+        energy: Sum of the squared lengths of all points.
+        residual: Sum of their squared distances from their subspaces.
     """
 
     mean: torch.Tensor
     basis: torch.Tensor
     coefficients: torch.Tensor
+    energy: float
+    residual: float
 
 
 def affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
@@ -32,32 +46,88 @@ def affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
     Returns:
         Float64 tensors on the device of `points`. Where the points span fewer than p directions,
         the rest of the basis is arbitrary (and deterministic), with coefficients of rounding size.
+        A position's bits do not depend on the other positions.
+
+    Raises:
+        NonFiniteError: Products of the points exceed float64.
 
     Numerics: float64. The top right singular vectors of the centred points come from the
         eigenvectors of the smaller Gram matrix, r × r or (N − 1) × (N − 1). The latter is that of
         N − 1 orthonormal contrasts, so that the direction that centring removes cannot mix with
-        small ones, and its vectors are orthonormalised by QR, so that p = min(N − 1, r) returns
-        the points to rounding however small a singular value is. Each basis vector's entry of
-        largest magnitude is positive. O(P N r min(N, r)).
+        small ones, and its vectors are orthonormalised in order (Gram-Schmidt; Householder QR
+        where a direction vanishes), so that p = min(N − 1, r) returns the points to rounding
+        however small a singular value is. In each basis vector the entry of largest magnitude is
+        positive (of two equal ones, one is). `residual` is a difference: below 1e-15 of `energy`
+        it is rounding. O(P N r min(N, r)).
     Source: "Towards Reversible Model Merging for Low-rank Weights", section 5.1 and Theorem 1.
         Algorithm 1 line 7 prints the mean without 1/N; the text has it, and so does this.
     """
-    wide = points.to(torch.float64)
-    mean = wide.mean(dim=1)
-    centred = wide - mean[:, None]
-    positions, count, dimension = wide.shape
+    # A fixed grid of blocks: each stays near the processor, and memory does not grow with P.
+    parts = [_affine_basis(block, size) for block in torch.split(points, BLOCK)]
+    if len(parts) == 1:
+        return parts[0]
+    return AffineBasis(
+        mean=torch.cat([part.mean for part in parts]),
+        basis=torch.cat([part.basis for part in parts]),
+        coefficients=torch.cat([part.coefficients for part in parts]),
+        energy=math.fsum(part.energy for part in parts),
+        residual=math.fsum(part.residual for part in parts),
+    )
+
+
+def factor_positions(factors: Sequence[Factors], rank: int) -> torch.Tensor:
+    """Return N adapters as points `(d_in + d_out, N, rank)`: columns of A, then rows of B.
+
+    Args:
+        factors: Of one `(d_out, d_in)`.
+        rank: What smaller ranks are filled up to with zeros.
+    """
+    A = [torch.nn.functional.pad(f.A, (0, 0, 0, rank - f.rank)) for f in factors]
+    B = [torch.nn.functional.pad(f.B, (0, rank - f.rank)) for f in factors]
+    # By way of one matrix, whose transposition is fast.
+    columns = torch.cat(A).t().reshape(-1, len(factors), rank)
+    return torch.cat([columns, torch.stack(B, dim=1)])
+
+
+def _affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
+    count, dimension = points.shape[1:]
+    centred = points.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    mean = centred.mean(dim=1)
+    centred -= mean[:, None]
     if size == 0:
-        basis = wide.new_zeros(positions, 0, dimension)
+        columns = centred.new_zeros(len(points), dimension, 0)
     elif count <= dimension:
-        contrasts = _helmert(count, wide.device) @ centred  # (P, N − 1, r)
-        left = _leading_eigenvectors(contrasts @ contrasts.transpose(1, 2), size)
-        directions = contrasts.transpose(1, 2) @ left  # (P, r, p), lengths descending
-        basis = torch.linalg.qr(directions).Q.transpose(1, 2)
+        rows = _helmert(count, points.device) @ centred  # (P, N − 1, r)
+        gram = rows @ rows.transpose(1, 2)
+        left = positions_first(leading_eigenvectors_last(gram, size))
+        columns = _with_fixed_signs(_orthonormal(_product(rows.transpose(1, 2), left)))
     else:
         gram = centred.transpose(1, 2) @ centred
-        basis = _leading_eigenvectors(gram, size).transpose(1, 2)
-    basis = basis * _row_signs(basis)[:, :, None]
-    return AffineBasis(mean=mean, basis=basis, coefficients=centred @ basis.transpose(1, 2))
+        columns = _with_fixed_signs(leading_eigenvectors_last(gram, size))
+    coefficients = _product(centred, columns)
+    spread = _squares(centred)
+    return AffineBasis(
+        mean=mean,
+        basis=columns.transpose(1, 2),
+        coefficients=coefficients,
+        energy=spread + count * _squares(mean),
+        residual=max(spread - _squares(coefficients), 0.0),
+    )
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return `left (P, a, b) @ right (P, b, c)`."""
+    columns = right.shape[2]
+    wanted = -(-_SMALLEST_FOR_BLAS // (left.shape[1] * left.shape[2]))
+    if not columns < wanted <= 2 * columns:
+        return left @ right
+    product = left @ torch.nn.functional.pad(right, (0, wanted - columns))
+    return product[:, :, :columns]
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    flat = tensor.reshape(-1)
+    return float(torch.dot(flat, flat))
 
 
 def _helmert(count: int, device: torch.device) -> torch.Tensor:
@@ -68,14 +138,21 @@ def _helmert(count: int, device: torch.device) -> torch.Tensor:
     return rows / (index * (index + 1)).sqrt()[:, None]
 
 
-def _leading_eigenvectors(gram: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the eigenvectors of the `size` largest eigenvalues, largest first, as columns."""
-    vectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors
-    return vectors.flip(-1)[..., :size]
+def _orthonormal(directions: torch.Tensor) -> torch.Tensor:
+    """Return orthonormal `(r, p, P)` for `directions (P, r, p)`; the span of the first k is kept.
+
+    The columns are orthogonal but for rounding, so that one pass of Gram-Schmidt is enough, except
+    where rounding is most of a column: those positions are done by QR.
+    """
+    wide = positions_last(directions)
+    kept = orthonormalise(wide)[: len(directions)]
+    result, lost = wide[:, :, : len(directions)], (~kept).nonzero()[:, 0]
+    if len(lost):
+        result[:, :, lost] = torch.linalg.qr(directions[lost]).Q.permute(1, 2, 0)
+    return result
 
 
-def _row_signs(basis: torch.Tensor) -> torch.Tensor:
-    if basis.numel() == 0:
-        return basis.new_ones(basis.shape[:2])
-    peaks = basis.gather(2, basis.abs().argmax(dim=2, keepdim=True))[..., 0]
-    return torch.where(peaks < 0, -1.0, 1.0).to(basis.dtype)
+def _with_fixed_signs(columns: torch.Tensor) -> torch.Tensor:
+    """Return `columns (r, p, P)` as `(P, r, p)`, each one's entry of largest magnitude positive."""
+    largest, smallest = columns.amax(0), columns.amin(0)
+    return positions_first(columns * torch.where(largest >= -smallest, 1.0, -1.0))
