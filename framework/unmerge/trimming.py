@@ -62,8 +62,7 @@ class TrimmingMerger(ElementwiseMerger, frozen=True, extra="forbid"):
             return block.values
         kept = torch.empty_like(block.values)
         for n, name in enumerate(block.adapters):
-            values = block.values[n]
-            torch.mul(values, cuts[name].keep(_key(block), block.start, values), out=kept[n])
+            kept[n] = cuts[name].trim(_key(block), block.start, block.values[n])
         return kept
 
 

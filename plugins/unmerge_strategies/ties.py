@@ -108,13 +108,13 @@ class Ties(TrimmingMerger, frozen=True):
         signs = elected_signs(voters, by_count=self.vote == "count")
         if self.zero_vote != "drop":
             tie = 1.0 if self.zero_vote == "positive" else state.majority
-            signs = torch.where(signs == 0, tie, signs)
+            signs.masked_fill_(signs == 0, tie)
         total, divisor = torch.zeros_like(signs), torch.zeros_like(signs)
         for values, weight in zip(voters, block.part_weights.values, strict=True):
             # The magnitude where the entry agrees, 0 where it does not.
             agreeing = (values * signs).clamp_(min=0)
             if self.reduce == "mean":
-                counted = (agreeing > 0).to(divisor.dtype)
+                counted = agreeing.sign()
                 divisor += counted * weight if self.weigh_votes else counted
             if not self.weigh_votes:
                 agreeing *= weight
@@ -124,8 +124,7 @@ class Ties(TrimmingMerger, frozen=True):
                 total += agreeing
         if self.reduce == "mean":
             # A quotient of two zeros where nobody agrees.
-            divisor[divisor == 0] = 1
-            total /= divisor
+            total /= divisor.masked_fill_(divisor == 0, 1)
         return total * signs * block.part_weights.scale(self.scale)
 
     def lossless(self) -> Merger:

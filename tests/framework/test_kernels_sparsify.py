@@ -43,6 +43,8 @@ def kept(cut: Cut, values: Values, name: str, *, chunk: int = 1000) -> dict[tupl
         if name in having:
             mask = cut.keep(key, first, having[name])
             assert mask.dtype == torch.bool
+            trimmed = cut.trim(key, first, having[name])
+            assert torch.equal(trimmed, torch.where(mask, having[name], 0.0))
             for place in mask.nonzero()[:, 0].tolist():
                 if float(having[name][place]) != 0:
                     found[key, first + place] = float(having[name][place])
@@ -181,6 +183,15 @@ def test_names_may_lack_matrices() -> None:
     check(values, 0.3)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "cut", [Cut(1.0), Cut(float("inf")), Cut(0.0), Cut(1.0, {"m": 0})], ids=str
+)
+def test_trimming_does_not_hide_what_is_not_finite(cut: Cut, wrong: float) -> None:
+    values = torch.tensor([1.0, wrong, 0.5])
+    assert not torch.isfinite(cut.trim("m", 0, values)[1])
+
+
 def test_a_cut_keeps_the_shape_of_a_block() -> None:
     values = torch.tensor([[1.0, -1.0, 3.0], [1.0, 0.5, 1.0]])
     [cut] = largest_magnitudes(stream({"m": {"a": values.reshape(-1)}}), 0.5).values()
@@ -190,19 +201,25 @@ def test_a_cut_keeps_the_shape_of_a_block() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "repeated", "passes"),
+    ("dtype", "repeated", "matrices", "passes"),
     [
-        (torch.float32, False, 2),
-        (torch.float64, False, 4),
-        (torch.float32, True, 4),
-        (torch.float64, True, 6),
+        (torch.float32, False, 2, 2),
+        (torch.float64, False, 2, 4),
+        (torch.float32, True, 1, 3),
+        (torch.float32, True, 3, 4),
+        (torch.float64, True, 1, 5),
+        (torch.float64, True, 3, 6),
     ],
     ids=str,
 )
-def test_the_number_of_passes(dtype: torch.dtype, repeated: bool, passes: int) -> None:
-    values = torch.ones(50, dtype=dtype) if repeated else gaussian(50, dtype=dtype)
+def test_the_number_of_passes(
+    dtype: torch.dtype, repeated: bool, matrices: int, passes: int
+) -> None:
+    def values(seed: int) -> torch.Tensor:
+        return torch.ones(51, dtype=dtype) if repeated else gaussian(51, dtype=dtype, seed=seed)
+
     started = 0
-    start = stream({"m": {"a": values}})
+    start = stream({f"m.{n}": {"a": values(n)} for n in range(matrices)})
 
     def counted() -> Iterator[Entries]:
         nonlocal started

@@ -27,7 +27,7 @@ def elected_signs(values: torch.Tensor, *, by_count: bool = False) -> torch.Tens
     total = torch.zeros_like(values[0])
     for each in values:
         total += each.sign() if by_count else each
-    # What is not finite stays so in a sum, but has a sign.
-    if not bool(torch.isfinite(values if by_count else total).all()):
+    # What is not finite stays so in a sum, but has a sign; times 0 it is NaN, all else is 0.
+    if float((0 * (values if by_count else total)).sum()) != 0:
         raise NonFiniteError("deltas hold NaN or infinity, which is no vote; check the scalings")
     return total.sign_()

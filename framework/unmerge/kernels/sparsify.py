@@ -50,6 +50,21 @@ class Cut:
         early = (index <= last).reshape(values.shape)
         return (magnitude > self.threshold) | ((magnitude == self.threshold) & early)
 
+    def trim(self, key: str, start: int, values: torch.Tensor) -> torch.Tensor:
+        """Return `values`, which begin at index `start` of matrix `key`, the others set to 0.
+
+        NaN stays, and infinity.
+        """
+        last = self.last.get(key)
+        if last is not None and start <= last < start + values.numel() - 1:
+            return values * self.keep(key, start, values)
+        bound = torch.tensor(self.threshold, dtype=values.dtype)
+        if last is None or last >= start:
+            # Equal ones are kept: only what is at most the number before the threshold is not.
+            bound = torch.nextafter(bound, torch.zeros_like(bound))
+        # Several times as fast as a mask.
+        return torch.hardshrink(values, float(bound))
+
 
 KEEP_ALL = Cut(threshold=0.0)
 
@@ -67,16 +82,19 @@ def largest_magnitudes(start_pass: Pass, density: float) -> dict[str, Cut]:
         matrices' keys and of their row-major index, whatever order they came in. A threshold of 0
         keeps every value: which zeros are kept makes no difference.
 
-    Complexity: two counting passes for float32, four for float64; up to two more where only some
-        of the values at the threshold are kept. Memory: 2¹⁶ counters a name.
+    Complexity: two counting passes for float32, four for float64; where only some of the values
+        at the threshold are kept, one more, or two if a name has several matrices. Memory: 2¹⁶
+        counters a name.
     Source: radix selection; `k = ⌊density · count⌋` as in PEFT and mergekit (KnOTS keeps k + 1).
     """
     if density == 1:
         return {name: KEEP_ALL for _, _, values in start_pass() for name in values}
     selections: dict[str, _Selection] = {}
-    for _, _, values in start_pass():
+    for key, _, values in start_pass():
         for name, entries in values.items():
-            selections.setdefault(name, _Selection(entries.dtype)).count(entries)
+            selection = selections.setdefault(name, _Selection(entries.dtype))
+            selection.keys.add(key)
+            selection.count(entries)
     for selection in selections.values():
         selection.descend(int(density * selection.total))
     while any(selection.open for selection in selections.values()):
@@ -103,6 +121,7 @@ class _Selection:
         self._level = 0
         self._prefix = 0  # the bits of the k-th largest above the present level's
         self._counts: torch.Tensor | None = None
+        self.keys: set[str] = set()
         self.total = 0
         self.wanted = 0  # how many of the values with this prefix are among the k largest
         self.surplus = 0  # how many values at the threshold are too many
@@ -148,34 +167,42 @@ class _Selection:
 
 def _cut_ties(start_pass: Pass, selections: Mapping[str, _Selection]) -> dict[str, dict[str, int]]:
     """Return the index of the last value kept at the threshold, by name and matrix."""
-    if not selections:
-        return {}
-    counts: dict[str, dict[str, int]] = {name: {} for name in selections}
-    for key, _, values in start_pass():
-        for name in values.keys() & selections.keys():
-            equal = int((values[name].abs() == selections[name].threshold).sum())
-            counts[name][key] = counts[name].get(key, 0) + equal
-    last: dict[str, dict[str, int]] = {}
+    last: dict[str, dict[str, int]] = {name: {} for name in selections}
     # Per name, the one matrix in which some are kept and some are not, and how many are.
-    divided: dict[tuple[str, str], int] = {}
-    for name, by_key in counts.items():
+    divided: dict[str, tuple[str, int]] = {}
+    for name, counts in _count_ties(start_pass, selections).items():
         left = selections[name].wanted
-        last[name] = {}
-        for key in sorted(by_key):
-            if 0 < left < by_key[key]:
-                divided[name, key] = left
+        for key in sorted(counts):
+            if 0 < left < counts[key]:
+                divided[name] = key, left
             elif left <= 0:
                 last[name][key] = -1
-            left -= by_key[key]
-    seen = dict.fromkeys(divided, 0)
+            left -= counts[key]
     for key, start, values in start_pass() if divided else ():
-        for name in values.keys() & selections.keys():
-            if (name, key) not in divided:
-                continue
+        for name in [n for n, (matrix, _) in divided.items() if matrix == key and n in values]:
+            missing = divided[name][1]
             at_threshold = values[name].reshape(-1).abs() == selections[name].threshold
-            places = at_threshold.nonzero()[:, 0]
-            missing = divided[name, key] - seen[name, key]
-            seen[name, key] += len(places)
-            if 0 < missing <= len(places):
-                last[name][key] = start + int(places[missing - 1])
+            found = int(torch.count_nonzero(at_threshold))
+            if found < missing:
+                divided[name] = key, missing - found
+            else:
+                last[name][key] = start + int(at_threshold.nonzero()[missing - 1, 0])
+                del divided[name]
+        if not divided:
+            break
     return last
+
+
+def _count_ties(
+    start_pass: Pass, selections: Mapping[str, _Selection]
+) -> dict[str, dict[str, int]]:
+    """Return how many values are at the threshold, by name and matrix."""
+    counts = {name: dict.fromkeys(s.keys, s.wanted + s.surplus) for name, s in selections.items()}
+    several = {name for name, s in selections.items() if len(s.keys) > 1}
+    for name in several:
+        counts[name] = dict.fromkeys(selections[name].keys, 0)
+    for key, _, values in start_pass() if several else ():
+        for name in values.keys() & several:
+            at_threshold = values[name].abs() == selections[name].threshold
+            counts[name][key] += int(torch.count_nonzero(at_threshold))
+    return counts
