@@ -1,4 +1,4 @@
-"""Affine bases of many point sets against one SVD per set."""
+"""Affine bases of many point sets against one SVD per set; adapters as points; their gauges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 
 import oracles
 from stacks import relative
-from unmerge.kernels import AffineBasis, affine_basis
+from unmerge.adapter import Factors
+from unmerge.kernels import AffineBasis, affine_basis, aligned, balanced, factor_positions
+from unmerge.kernels.positions import BLOCK
 
 
 def points(P: int, N: int, r: int, *, spread: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -91,13 +93,52 @@ def test_float32_points_are_fitted_in_float64() -> None:
     assert torch.equal(fit.mean, affine_basis(x.double(), 2).mean)
 
 
-def test_a_position_does_not_depend_on_the_others() -> None:
-    x = points(7, 4, 6)
-    whole = affine_basis(x, 2)
-    for n in range(7):
-        alone = affine_basis(x[n : n + 1], 2)
+@pytest.mark.parametrize(("N", "r", "size"), [(4, 6, 2), (8, 16, 3), (8, 5, 2), (20, 7, 3)])
+def test_a_position_does_not_depend_on_the_others(N: int, r: int, size: int) -> None:
+    x = points(131, N, r)
+    x[5] = 0.0
+    whole = affine_basis(x, size)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    shuffled = affine_basis(x[order], size)
+    assert torch.equal(shuffled.mean, whole.mean[order])
+    assert torch.equal(shuffled.basis, whole.basis[order])
+    assert torch.equal(shuffled.coefficients, whole.coefficients[order])
+    for n in (0, 5, 64, 130):
+        alone = affine_basis(x[n : n + 1], size)
         assert torch.equal(alone.basis[0], whole.basis[n])
         assert torch.equal(alone.coefficients[0], whole.coefficients[n])
+
+
+def test_more_positions_than_a_block() -> None:
+    x = points(BLOCK + 5, 3, 2)
+    whole, rest = affine_basis(x, 1), affine_basis(x[BLOCK:], 1)
+    assert whole.basis.shape == (BLOCK + 5, 1, 2)
+    assert torch.equal(whole.basis[BLOCK:], rest.basis)
+    assert torch.equal(whole.coefficients[BLOCK:], rest.coefficients)
+    assert torch.equal(whole.mean[BLOCK:], rest.mean)
+    assert whole.energy == pytest.approx(float(x.square().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize(("N", "r"), SIZES)
+def test_energy_and_residual_are_sums_of_squares(N: int, r: int) -> None:
+    x = points(9, N, r)
+    for size in range(min(N - 1, r) + 1):
+        fit = affine_basis(x, size)
+        assert fit.energy == pytest.approx(float(x.square().sum()), rel=1e-13)
+        residual = float((rebuilt(fit) - x).square().sum())
+        assert fit.residual == pytest.approx(residual, abs=1e-13 * fit.energy)
+
+
+@pytest.mark.parametrize("N", [4, 12], ids=["N <= r", "N > r"])
+def test_directions_that_vanish_leave_an_orthonormal_basis(N: int) -> None:
+    x = points(6, N, 8)
+    x[0] = 0.0
+    x[1] = x[1, :1]
+    x[2, 1:] = x[2, 1:2]  # one direction
+    fit = affine_basis(x, 3)
+    gram = fit.basis @ fit.basis.transpose(1, 2)
+    assert torch.allclose(gram, torch.eye(3, dtype=torch.float64).expand_as(gram), atol=1e-12)
+    assert float((rebuilt(fit) - x)[:3].abs().max()) < 1e-13
 
 
 def test_by_hand() -> None:
@@ -109,3 +150,79 @@ def test_by_hand() -> None:
     np.testing.assert_allclose(
         fit.coefficients.numpy(), [[[-(8**0.5)], [0.0], [8**0.5]]], atol=1e-15
     )
+
+
+def random_factors(seed: int, rank: int, *, d_out: int = 9, d_in: int = 7) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, d_in, generator=generator, dtype=torch.float64)
+    B = torch.randn(d_out, rank, generator=generator, dtype=torch.float64)
+    return Factors(A=A, B=B, scaling=-0.5)
+
+
+def delta(f: Factors) -> torch.Tensor:
+    product: torch.Tensor = f.scaling * (f.B @ f.A)
+    return product
+
+
+def test_positions_are_columns_of_A_then_rows_of_B() -> None:
+    one, two = random_factors(1, 3), random_factors(2, 2)
+    points = factor_positions([one, two], 3)
+    assert points.shape == (7 + 9, 2, 3)
+    for column in range(7):
+        assert torch.equal(points[column, 0], one.A[:, column])
+        assert torch.equal(points[column, 1, :2], two.A[:, column])
+    for row in range(9):
+        assert torch.equal(points[7 + row, 0], one.B[row])
+        assert torch.equal(points[7 + row, 1, :2], two.B[row])
+    assert not points[:, 1, 2].any()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 9, 12])
+def test_balanced_factors_are_the_svd_of_the_delta(rank: int) -> None:
+    f = random_factors(3, rank)
+    b = balanced(f)
+    assert b.scaling == 1.0
+    assert b.rank == min(rank, 7)
+    assert relative(delta(b).numpy(), delta(f).numpy()) < 1e-13
+    spectrum = torch.linalg.svdvals(delta(f))[: b.rank]
+    for gram in (b.A @ b.A.T, b.B.T @ b.B):
+        assert float((gram - torch.diag(spectrum)).abs().max() / spectrum[0]) < 1e-13
+
+
+def test_balanced_factors_leave_out_what_is_rounding() -> None:
+    f = random_factors(4, 2)
+    # Rank 2 written with rank 5: a null direction's root would be of size 1e-8.
+    mix = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wide = Factors(A=torch.linalg.pinv(mix) @ f.A, B=f.B @ mix, scaling=f.scaling)
+    assert balanced(wide).rank == 2
+    assert relative(balanced(wide).A.numpy(), balanced(f).A.numpy()) < 1e-12
+    assert balanced(Factors(A=f.A, B=0 * f.B, scaling=1.0)).rank == 0
+
+
+def test_aligned_factors_have_the_same_deltas() -> None:
+    factors = [random_factors(seed, rank) for seed, rank in ((5, 4), (6, 2), (7, 3))]
+    for before, after in zip(factors, aligned(factors, 4), strict=True):
+        assert after.rank == 4
+        assert after.scaling == before.scaling
+        assert relative(delta(after).numpy(), delta(before).numpy()) < 1e-13
+
+
+def test_alignment_undoes_rotations() -> None:
+    """Adapters that differ by a rotation only become one, and nearly equal ones come together."""
+    one = random_factors(8, 4)
+    turned = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64)).Q
+        turned.append(Factors(A=Q.T @ one.A, B=one.B @ Q, scaling=one.scaling))
+    together = aligned(turned, 4)
+    for f in together[1:]:
+        assert relative(f.A.numpy(), together[0].A.numpy()) < 1e-12
+        assert relative(f.B.numpy(), together[0].B.numpy()) < 1e-12
+
+
+def test_alignment_does_not_depend_on_the_order() -> None:
+    factors = [random_factors(seed, 3) for seed in (9, 10, 11, 12)]
+    forward, backward = aligned(factors, 3), aligned(factors[::-1], 3)[::-1]
+    for one, two in zip(forward, backward, strict=True):
+        assert relative(one.A.numpy(), two.A.numpy()) < 1e-12

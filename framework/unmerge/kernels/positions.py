@@ -21,16 +21,18 @@ def positions_last(tensor: torch.Tensor) -> torch.Tensor:
 
     Every operation is then one on long vectors, and none has a remainder that is done otherwise.
     """
-    flat = tensor.reshape(len(tensor), -1).t()
-    missing = -len(tensor) % _PADDED
+    positions, rows, columns = tensor.shape
+    flat = tensor.reshape(positions, rows * columns).t()
+    missing = -positions % _PADDED
     wide = torch.nn.functional.pad(flat, (0, missing)) if missing else flat.contiguous()
-    return wide.view(*tensor.shape[1:], -1)
+    return wide.view(rows, columns, positions + missing)
 
 
 def positions_first(tensor: torch.Tensor) -> torch.Tensor:
     """Return `(P, a, b)` for `(a, b, P)`, contiguous."""
-    flat = tensor.reshape(-1, tensor.shape[2]).t()
-    return flat.contiguous().view(-1, *tensor.shape[:2])
+    rows, columns, positions = tensor.shape
+    flat = tensor.reshape(rows * columns, positions).t()
+    return flat.contiguous().view(positions, rows, columns)
 
 
 def total(rows: Sequence[torch.Tensor]) -> torch.Tensor:
