@@ -55,9 +55,10 @@ def leading_eigenvectors(gram: torch.Tensor, size: int) -> torch.Tensor:
         representations to compute orthogonal eigenvectors of symmetric tridiagonal matrices"
         (2004); with 1/γ_k the diagonal of (T − x)⁻¹, the Newton step of det(T − x) is 1/Σ(1/γ_k).
     """
-    blocks = torch.split(gram.to(torch.float64), BLOCK)
-    parts = [leading_eigenvectors_last(block, size) for block in blocks]
-    return positions_first(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+    with torch.inference_mode():
+        blocks = torch.split(gram.to(torch.float64), BLOCK)
+        parts = [positions_first(leading_eigenvectors_last(block, size)) for block in blocks]
+    return torch.cat(parts)
 
 
 def leading_eigenvectors_last(gram: torch.Tensor, size: int) -> torch.Tensor:

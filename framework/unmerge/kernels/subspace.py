@@ -63,9 +63,9 @@ def affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
         Algorithm 1 line 7 prints the mean without 1/N; the text has it, and so does this.
     """
     # A fixed grid of blocks: each stays near the processor, and memory does not grow with P.
-    parts = [_affine_basis(block, size) for block in torch.split(points, BLOCK)]
-    if len(parts) == 1:
-        return parts[0]
+    # Without autograd's bookkeeping, a tenth of the time on operations as short as these.
+    with torch.inference_mode():
+        parts = [_affine_basis(block, size) for block in torch.split(points, BLOCK)]
     return AffineBasis(
         mean=torch.cat([part.mean for part in parts]),
         basis=torch.cat([part.basis for part in parts]),
@@ -82,8 +82,9 @@ def factor_positions(factors: Sequence[Factors], rank: int) -> torch.Tensor:
         factors: Of one `(d_out, d_in)`.
         rank: What smaller ranks are filled up to with zeros.
     """
-    A = [torch.nn.functional.pad(f.A, (0, 0, 0, rank - f.rank)) for f in factors]
-    B = [torch.nn.functional.pad(f.B, (0, rank - f.rank)) for f in factors]
+    pad = torch.nn.functional.pad
+    A = [f.A if f.rank == rank else pad(f.A, (0, 0, 0, rank - f.rank)) for f in factors]
+    B = [f.B if f.rank == rank else pad(f.B, (0, rank - f.rank)) for f in factors]
     # By way of one matrix, whose transposition is fast.
     columns = torch.cat(A).t().reshape(-1, len(factors), rank)
     return torch.cat([columns, torch.stack(B, dim=1)])
