@@ -112,9 +112,10 @@ def test_a_zero_adapter_has_no_vote() -> None:
 def test_an_adapter_of_lower_rank_than_it_says_adds_no_directions() -> None:
     case = collection((4, 3), seed=9)
     a = case.modules["layer.0"]["a"]
-    padded = Factors(
-        A=torch.cat([a.A, a.A[:1]]), B=torch.cat([a.B, torch.zeros(14, 1)], dim=1), scaling=2.0
-    )
+    # A part of two terms is stored as a fifth: five columns of B, but rank 4.
+    part, both = a.B[:, :1].flip(0), a.A[:1] + a.A[1:2]
+    B = torch.cat([a.B[:, :2] - part, a.B[:, 2:], part], dim=1)
+    padded = Factors(A=torch.cat([a.A, both]), B=B, scaling=2.0)
     wider = replace(case, modules={"layer.0": {**case.modules["layer.0"], "a": padded}})
     # 10⁻¹⁰: the root of what rounding leaves of a singular value is above it.
     merger = CoreSpace(inner=Ties(density=0.5), cutoff=1e-10)

@@ -24,10 +24,12 @@ from stacks import (
     stored_elements,
 )
 from unmerge.adapter import Factors
+from unmerge.elementwise import Block, ElementwiseMerger
 from unmerge.errors import ConfigError, NonFiniteError
+from unmerge.merger import Capabilities
 from unmerge.registry import default_registry
 from unmerge_bundle.encodings import FactorsEncoding
-from unmerge_strategies import Average, Knots, MagnitudePrune, TaskArithmetic, Ties
+from unmerge_strategies import Average, CoreSpace, Knots, MagnitudePrune, TaskArithmetic, Ties
 
 U = np.asarray([[0.6, -0.8], [0.8, 0.6]])
 """Orthonormal columns: the output directions of the hand-computed deltas."""
@@ -199,6 +201,34 @@ def test_every_block_height_gives_the_same_bits(fields: dict[str, Any], dtype: t
     first, *others = (merge(merger, case, dtype=dtype, block_rows=h) for h in heights)
     for other in others:
         assert all(same_bits(first[path], other[path]) for path in case.modules)
+
+
+class Recorder(ElementwiseMerger, frozen=True):
+    """Returns the first adapter's values, and checks what a block says of where it is."""
+
+    method = "test.recorder"
+    expected: str
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(mixed_ranks=True, sign_equivariant=True)
+
+    def combine(self, block: Block, state: Any) -> torch.Tensor:
+        assert (block.space, block.part) == (self.expected, self.expected)
+        assert (block.module, block.adapters, block.seed) == ("layer.0", ("a", "b"), 4)
+        assert block.weights.tolist() == [2.0, -1.0]
+        return block.values[0]
+
+
+def test_a_rule_is_told_the_space_it_runs_in() -> None:
+    """The name of the space is a part of the key of random masks."""
+    case = collection((4, 3), weights=(2.0, -1.0))
+    for merger in (
+        Knots(inner=Recorder(expected="knots")),
+        CoreSpace(inner=Recorder(expected="core")),
+    ):
+        merged = delta(merge(merger, case, seed=4)["layer.0"])
+        assert relative(merged, oracles.dense(case.parts("layer.0")[0])) < 1e-13
 
 
 @pytest.mark.parametrize(
