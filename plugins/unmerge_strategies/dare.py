@@ -49,7 +49,7 @@ class Dare(ElementwiseMerger, frozen=True):
     """
 
     method: ClassVar[str] = "dare"
-    # Besides the inner rule's: the index and the state of the generator, 64 bits each.
+    # While a mask is drawn: the number, the index and the state of the generator, 64 bits each.
     bytes_per_value: ClassVar[int] = 48
 
     density: float = Field(default=0.1, gt=0, le=1, description="probability to keep an entry")
@@ -83,6 +83,11 @@ class Dare(ElementwiseMerger, frozen=True):
     def check(self, shape: ModuleShape, context: MergeContext) -> None:
         """Refuse what the inner rule refuses."""
         self._inner().check(shape, context)
+
+    def matrix_bytes(self, adapters: int, rows: int, cols: int) -> int:
+        """Return what drawing masks needs or the inner rule, whichever is more."""
+        masks = super().matrix_bytes(adapters, rows, cols)
+        return max(masks, self.inner.matrix_bytes(adapters, rows, cols))
 
     def measure(self, blocks: Blocks, context: MergeContext) -> _Facts:
         """Return what rescales each adapter, and what the inner rule measures on what is left."""

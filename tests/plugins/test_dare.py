@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,15 @@ def test_lossless_settings_keep_one_adapter() -> None:
 def test_fields_that_mean_nothing_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(fields))):
         Dare.model_validate(fields)
+
+
+def test_the_memory_of_the_inner_rule_is_counted() -> None:
+    """On small matrices the counters of its cuts are more than the masks."""
+    shape = collection((2, 2)).stack().module(0).shape
+    inner = Ties()
+    assert Dare(inner=inner).workspace_bytes(shape) == inner.workspace_bytes(shape)
+    large = replace(shape, d_out=4096, d_in=4096)
+    assert Dare(inner=inner).workspace_bytes(large) > inner.workspace_bytes(large)
 
 
 def test_the_predicted_size_is_the_size() -> None:
