@@ -8,21 +8,34 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from tests.benchmarks import mm_svd, restore, rmm
+from tests.benchmarks import knots, lore, mm_svd, restore, rmm, ties
 from tests.benchmarks.row import Row
 
-BENCHMARKS: dict[str, Callable[[], Row]] = {
-    "mm_svd": mm_svd.benchmark,
-    "rmm": rmm.benchmark,
-    "restore": restore.benchmark,
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
+    "mm_svd": mm_svd.benchmarks,
+    "knots": knots.benchmarks,
+    "lore": lore.benchmarks,
+    "ties": ties.benchmarks,
+    "rmm": rmm.benchmarks,
+    "restore": restore.benchmarks,
 }
-HEADER = ("what", "peer", "ours, s", "peer, s", "ratio", "target", "difference", "peer's")
+HEADER = ("what", "peer", "ours, s", "peer, s", "ratio", "target", "memory", "difference", "peer's")
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+# The table of the page is what stands between these two lines.
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    target = "–" if row.target is None else f"≥ {row.target:g} {'met' if row.met else 'MISSED'}"
+    target = "–" if row.target is None else f"≥ {row.target:g}× {_verdict(row.ratio >= row.target)}"
+    memory = "–"
+    if row.memory_ratio is not None and row.ours_bytes is not None:
+        memory = f"{row.ours_bytes / 1e6:.0f} MB, {row.memory_ratio:.3g} of the peer's"
+        if row.memory_target is not None:
+            met = row.memory_ratio <= row.memory_target
+            memory += f" (≤ {row.memory_target:g} {_verdict(met)})"
     peers = "–" if row.peer_difference is None else f"{row.peer_difference:.0e}"
     return (
         row.what,
@@ -31,9 +44,14 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.peer_s:.4f}",
         f"{row.ratio:.3g}×",
         target,
+        memory,
         f"{row.difference:.0e}",
         peers,
     )
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "MISSED"
 
 
 def _table(rows: Sequence[Row], *, markdown: bool) -> str:
@@ -51,28 +69,42 @@ def _table(rows: Sequence[Row], *, markdown: bool) -> str:
 def _machine() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "peft"))
     return (
-        f"{datetime.datetime.now(datetime.UTC).date()}, {platform.platform()}, "
+        f"{datetime.datetime.now(datetime.UTC).date()}, {platform.system()}, "
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"{versions}"
     )
 
 
+def _save(rows: Sequence[Row]) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    measured = f"{BEGIN}\n{_machine()}\n\n{_table(rows, markdown=True)}\n{END}"
+    PAGE.write_text(before + measured + after, encoding="utf-8")
+
+
 def main() -> None:
     """Run what was asked for; the exit code is 1 where a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--markdown", action="store_true", help="print a markdown table")
     parser.add_argument("--only", choices=BENCHMARKS, help="run one benchmark")
+    parser.add_argument(
+        "--save", action="store_true", help=f"put the whole table into docs/{PAGE.name}"
+    )
     options = parser.parse_args()
+    if options.only and options.save:
+        parser.error("--save keeps the whole table; leave out --only")
     torch.set_num_threads(1)
     names = [options.only] if options.only else list(BENCHMARKS)
-    rows = [BENCHMARKS[name]() for name in names]
-    print(_table(rows, markdown=options.markdown))
+    rows = [row for name in names for row in BENCHMARKS[name]()]
+    print(_table(rows, markdown=False))
     print()
     print(
         "CPU seconds (time.process_time), one torch thread, smallest of the repeats. Difference: "
-        "relative Frobenius norm from the dense float64 result."
+        "relative Frobenius norm from the reference result."
     )
     print(_machine())
+    if options.save:
+        _save(rows)
     raise SystemExit(0 if all(row.met for row in rows) else 1)
 
 

@@ -111,7 +111,8 @@ def test_stored_elements_follow_the_papers_formula(store: AdapterStore, tmp_path
         plan = pipeline.plan()
         report = pipeline.run(tmp_path / f"{p}.rmb")
         assert report.element_ratio == pytest.approx((p * (r + N) + r) / (r * N))
-        assert plan.output_elements == report.elements
+        assert plan.output is not None
+        assert plan.output.total == report.elements
         assert plan.output_bytes == report.nbytes
         positions = sum(d_out + d_in for d_out, d_in in SHAPES.values())
         assert report.elements == positions * (p * (r + N) + r)

@@ -45,7 +45,9 @@ def test_the_data_names_every_method() -> None:
     assert data["merger"] == {
         "method": "mm_svd",
         "rank": 4,
-        "inner": {"method": "task_arithmetic", "scale": 0.3},
+        "energy": None,
+        "error": None,
+        "inner": {"method": "task_arithmetic", "space": "delta", "scale": 0.3, "absent": "zero"},
         "split": "B",
     }
     assert data["recipe_version"] == 1
@@ -77,7 +79,7 @@ def test_a_recipe_is_frozen() -> None:
         ),
         (
             {"merger": {"method": "mm_svd", "inner": {"method": "rmm"}}},
-            r'merger\.inner: "rmm" is not exact in factors',
+            r'merger\.inner: "rmm" restores the factors of every adapter',
         ),
         ({"merger": "rmm"}, "merger: expected a merger or its recipe"),
         ({"merger": None}, "merger: expected a merger or its recipe"),
