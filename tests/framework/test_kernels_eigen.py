@@ -87,6 +87,17 @@ def test_repeated_and_crowded_eigenvalues(values: list[float], size: int) -> Non
     check(with_spectrum(values), size)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_next_eigenvalue_is_never_taken_for_the_last_one(size: int) -> None:
+    """Gaps between a tenth and a hundred thousandth, after the last eigenvalue that is wanted."""
+    grams = []
+    for step in range(120):
+        values = [*[4.0, 3.0, 2.0][-size:], 0.5, 0.4, 0.3, 0.2, 0.1]
+        values[size] = 2.0 - 10.0 ** (-1 - step / 30)
+        grams.append(with_spectrum(values, P=4, seed=step))
+    check(torch.cat(grams), size)
+
+
 def test_the_span_does_not_mix_across_a_clear_gap() -> None:
     """Repeated inside, isolated as a whole: any basis will do, but of the right subspace."""
     gram = with_spectrum([2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 0.1, 0.0], P=40)

@@ -130,14 +130,15 @@ def test_energy_and_residual_are_sums_of_squares(N: int, r: int) -> None:
 
 
 @pytest.mark.parametrize("N", [4, 12], ids=["N <= r", "N > r"])
-def test_directions_that_vanish_leave_an_orthonormal_basis(N: int) -> None:
+@pytest.mark.parametrize("size", [1, 3])
+def test_directions_that_vanish_leave_an_orthonormal_basis(N: int, size: int) -> None:
     x = points(6, N, 8)
     x[0] = 0.0
     x[1] = x[1, :1]
     x[2, 1:] = x[2, 1:2]  # one direction
-    fit = affine_basis(x, 3)
+    fit = affine_basis(x, size)
     gram = fit.basis @ fit.basis.transpose(1, 2)
-    assert torch.allclose(gram, torch.eye(3, dtype=torch.float64).expand_as(gram), atol=1e-12)
+    assert torch.allclose(gram, torch.eye(size, dtype=torch.float64).expand_as(gram), atol=1e-12)
     assert float((rebuilt(fit) - x)[:3].abs().max()) < 1e-13
 
 
