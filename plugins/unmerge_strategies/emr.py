@@ -141,9 +141,8 @@ def _elected(
     [matrices] = module_matrices(module, "delta", context)
     for block in matrices.blocks(TILE_ROWS):
         signs = elected_signs(block.values)
-        masks = block.values * signs > 0
-        magnitudes = (block.values.abs() * masks).amax(dim=0)
-        yield block, signs * magnitudes, masks
+        agreeing = (block.values * signs).clamp_(min=0)
+        yield block, signs * agreeing.amax(dim=0), agreeing > 0
 
 
 def _block_norms(

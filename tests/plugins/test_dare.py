@@ -194,7 +194,7 @@ FIELDS: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_every_block_height_gives_the_same_bits(fields: dict[str, Any], dtype: torch.dtype) -> None:
-    case = collection((5, 5, 5), paths=("m.1", "m.0"), d_out=150, d_in=9, weights=(1.0, -0.3, 2.0))
+    case = collection((5, 5, 5), paths=("m.1", "m.0"), d_out=70, d_in=9, weights=(1.0, -0.3, 2.0))
     merger = Dare.model_validate(fields)
     heights: tuple[Any, ...] = (None, 1, 7, 64)
     first, *others = (merge(merger, case, dtype=dtype, seed=5, block_rows=h) for h in heights)

@@ -107,7 +107,7 @@ def test_everything_kept_is_task_arithmetic() -> None:
 @pytest.mark.parametrize("scope", ["module", "model"])
 @pytest.mark.parametrize("space", ["delta", "factors"])
 def test_every_block_height_gives_the_same_bits(space: Any, scope: Any, dtype: torch.dtype) -> None:
-    case = collection((5, 5, 5), paths=("m.1", "m.0"), d_out=150, d_in=9, weights=(1.0, -0.3, 2.0))
+    case = collection((5, 5, 5), paths=("m.1", "m.0"), d_out=70, d_in=9, weights=(1.0, -0.3, 2.0))
     merger = MagnitudePrune(density=0.3, space=space, scope=scope)
     heights: tuple[Any, ...] = (None, 1, 7, 64)
     first, *others = (merge(merger, case, dtype=dtype, block_rows=h) for h in heights)
