@@ -11,7 +11,7 @@ from unmerge.errors import ConfigError
 
 
 class Average(LinearMerger, frozen=True):
-    """`Δ = Σ w_i Δ_i / Σ w_i`, as one adapter of rank Σ r_i.
+    """The weighted average `Δ = Σ w_i Δ_i / Σ w_i`, as one adapter of rank Σ r_i.
 
     A module that some adapters lack gets nothing from them; whether their weights still count in
     the divisor is the field `absent`. `space="factors"` averages A and B apart, which is another

@@ -42,11 +42,12 @@ class _Cores:
 
 
 class CoreSpace(Merger, frozen=True):
-    """`Δ = U · f({M_i}) · Vᵀ` with `Δ_i = U M_i Vᵀ` exactly, M_i of at most R × R, R = Σ r_i.
+    """A rule f on small cores: `Δ = U · f({M_i}) · Vᵀ` where `Δ_i = U M_i Vᵀ` exactly.
 
-    U and V are the left singular vectors of all `B_i` side by side and of all `A_iᵀ`; no adapter
-    loses anything, so a linear rule gives what it gives on deltas. A rule that looks at entries
-    gives something else in every basis, which is the point of choosing one.
+    U and V are the left singular vectors of all `B_i` side by side and of all `A_iᵀ`, so that M_i
+    is at most R × R with R = Σ r_i. No adapter loses anything, so a linear rule gives what it gives
+    on deltas; a rule that looks at entries gives something else in every basis, which is the point
+    of choosing one.
 
     With `balance` each adapter is first brought to its SVD form, `B_i = U_i √S_i`,
     `A_i = √S_i V_iᵀ`, scaling inside. The bases, and with them the result, then depend on the

@@ -31,7 +31,7 @@ class _Facts:
 
 
 class Dare(ElementwiseMerger, frozen=True):
-    """`f({m_i ⊙ Δ_i · c_i})`: each entry is kept with probability `density`, f is `inner`.
+    """Drop entries at random, rescale the rest, merge by a rule f: `f({c_i · m_i ⊙ Δ_i})`.
 
     Whether an entry is kept is a function of seed, adapter name, module path and the entry's
     place alone: the same for any chunking, device, order of adapters or number of processes. At

@@ -29,7 +29,7 @@ from unmerge.kernels import TILE_ROWS, elected_signs, pack_bits
 
 
 class Emr(ReversibleMerger, frozen=True):
-    """`Δ̂_i = λ_i · M_i ⊙ τ`: elect, mask and rescale; restores every delta, approximately.
+    """One delta τ for all; a mask and a rescaler bring each back, roughly: `λ_i · M_i ⊙ τ`.
 
     Elect: τ has the sign of `Σ_i Δ_i` and, per entry, the largest magnitude among the adapters of
     that sign. Mask: M_i lets an entry through where `Δ_i` has τ's sign. Rescale:

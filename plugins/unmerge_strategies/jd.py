@@ -25,7 +25,7 @@ from unmerge.kernels.lowrank import column_signs
 
 
 class Jd(ReversibleMerger, frozen=True):
-    """`Δ_i ≈ U C_i V` with U and V shared by all adapters and a core C_i of size k of each.
+    """Two bases for all adapters and a small core C_i of each: `Δ_i ≈ U C_i V`; all come back.
 
     With full cores U and V have orthonormal columns and rows, `C_i = Uᵀ Δ_i Vᵀ`, and U and V are
     found in turn, each the best for the other: the leading directions of all `Δ_i Vᵀ`, and of all

@@ -37,7 +37,7 @@ class _Aligned:
 
 
 class Knots(Merger, frozen=True):
-    """`Δ = U · f({Σ V_iᵀ})` with `[Δ_1 … Δ_N] = U Σ [V_1ᵀ … V_Nᵀ]` and an elementwise rule f.
+    """A rule f in one singular basis: `Δ = U · f({Σ V_iᵀ})`, `[Δ_1 … Δ_N] = U Σ [V_1ᵀ … V_Nᵀ]`.
 
     The blocks `Σ V_iᵀ (k × d_in)` are the adapters in one basis, where signs and magnitudes can be
     compared; U maps the merged block back. The result has rank ≤ Σ r_i: an adapter, exactly.

@@ -35,7 +35,7 @@ _TIE = 1e-9
 
 
 class Lore(Merger, frozen=True):
-    """`θ* = θ_0 + λ τ`, with θ_0 and low-rank δ_i fitted to the adapters by coordinate descent.
+    """A common part and a low-rank rest of each adapter, fitted by descent: `θ* = θ_0 + λ τ`.
 
     From `δ_i = 0`: `θ_0 = Σ w_i (θ_i − δ_i) / Σ w_i`, `δ_i = SVT(θ_i − θ_0; μ)`, until nothing
     moves. Then τ is the sum of the δ_i (`finish="sum"`), their mean, or a TIES selection among

@@ -23,7 +23,7 @@ from unmerge.kernels import Cut
 
 
 class MagnitudePrune(TrimmingMerger, frozen=True):
-    """`Δ = λ Σ w_i trim(Δ_i)`: task arithmetic on the largest entries of every adapter.
+    """Task arithmetic on the largest entries of every adapter: `Δ = λ Σ w_i trim(Δ_i)`.
 
     Exactly `⌊density · numel⌋` entries of each adapter are kept as they are, the others are 0.
 

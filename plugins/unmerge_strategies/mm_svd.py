@@ -28,7 +28,7 @@ from unmerge.kernels.truncation import RankChoice
 
 
 class MmSvd(Merger, frozen=True):
-    """`SVD_r(f({Δ_i}))`: the nearest adapter of rank r to what a rule f makes of the deltas.
+    """The nearest adapter of rank r to what a rule f makes of the deltas: `SVD_r(f({Δ_i}))`.
 
     `inner` merges first. Where it returns factors (`average`, `task_arithmetic`, `knots`), their
     product is decomposed through QR of both sides and the SVD of a small core, so no

@@ -23,7 +23,7 @@ from unmerge.kernels.quantise import packed_columns, quantise
 
 
 class Quantize(ReversibleMerger, frozen=True):
-    """Every entry of A and B to the nearest of 2^bits − 1 equally spaced values of its group.
+    """Every adapter alone, its factors as 8- or 4-bit integers in groups with a scale.
 
     Groups run along the rows of A and of Bᵀ, so that each belongs to one rank-one component of one
     adapter and takes that component's size; a group's step is its largest magnitude over 127

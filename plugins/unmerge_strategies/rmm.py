@@ -29,7 +29,7 @@ _WAYS = ("basis_size", "storage", "error")
 
 
 class Rmm(ReversibleMerger, frozen=True):
-    """The best p-dimensional affine basis of all adapters, per row of B and per column of A.
+    """A mean and p basis adapters for all, best per row of B and column of A; all come back.
 
     At every task-vector position the N adapters are points in r dimensions. RMM keeps their mean,
     the top p right singular vectors W of the centred points, and each adapter's coefficients

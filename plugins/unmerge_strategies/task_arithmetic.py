@@ -11,7 +11,7 @@ from unmerge import Absent, Capabilities, LinearMerger, Merger, PartWeights
 
 
 class TaskArithmetic(LinearMerger, frozen=True):
-    """`Δ = λ Σ w_i Δ_i`, as one adapter of rank Σ r_i.
+    """The weighted sum `Δ = λ Σ w_i Δ_i`, as one adapter of rank Σ r_i.
 
     The factors are concatenated, `B = [λ w_i s_i B_i]`, `A = [A_i]`: exact, no cross terms, no
     singular value decomposition. To get a smaller rank wrap it: `MmSvd(inner=TaskArithmetic())`.

@@ -25,7 +25,7 @@ from unmerge.kernels.truncation import RankChoice
 
 
 class Truncate(ReversibleMerger, frozen=True):
-    """`B_i A_i → SVD_k(B_i A_i)` for every adapter i: what a shared basis has to beat.
+    """Every adapter alone, cut to its best rank k: what a shared basis has to beat.
 
     Each product is cut to its k leading singular values, which is its nearest matrix of rank k
     (Eckart and Young), and kept as `A = √S Vᵀ`, `B = U √S`; nothing is shared between adapters.

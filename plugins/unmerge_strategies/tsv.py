@@ -24,7 +24,7 @@ from unmerge.kernels.cores import STORED_PRECISION, compact, numerical_rank
 
 
 class Tsv(Merger, frozen=True):
-    """`Δ = λ U⊥ Σ V⊥ᵀ`: the task singular vectors of all adapters, made orthonormal.
+    """The singular vectors of all adapters, made orthonormal: `Δ = λ U⊥ Σ V⊥ᵀ`.
 
     Of every delta the leading k singular triplets are kept. `U = [U_1 … U_N]` and `V` likewise are
     replaced by their polar factors, the nearest matrices with orthonormal columns, so that no

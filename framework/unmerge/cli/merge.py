@@ -22,6 +22,7 @@ from unmerge.cli.output import (
     size,
 )
 from unmerge.errors import ConfigError, IncompatibleAdaptersError
+from unmerge.merger import ReversibleMerger
 from unmerge.pipeline import MergePipeline, RunReport
 from unmerge.plan import Plan
 from unmerge.recipe import Recipe, parse_yaml
@@ -68,18 +69,25 @@ def methods(name: str | None, as_json: bool) -> None:
     rows = []
     for method, registration in registry.items():
         summary = (inspect.getdoc(registration.merger) or "").split("\n\n")[0]
-        rows.append((method, registration.distribution, " ".join(summary.split())))
+        reversible = issubclass(registration.merger, ReversibleMerger)
+        gives = "every adapter" if reversible else "one result"
+        rows.append((method, gives, registration.distribution, " ".join(summary.split())))
     if as_json:
         print_json(
             {
                 "methods": [
-                    {"method": method, "distribution": distribution, "summary": summary}
-                    for method, distribution, summary in rows
+                    {
+                        "method": method,
+                        "reversible": gives == "every adapter",
+                        "distribution": distribution,
+                        "summary": summary,
+                    }
+                    for method, gives, distribution, summary in rows
                 ]
             }
         )
         return
-    print_table(("method", "from", "what it does"), rows)
+    print_table(("method", "gives back", "from", "what it does"), rows)
 
 
 def _pipeline_options(function: Callable[..., None]) -> Callable[..., None]:
