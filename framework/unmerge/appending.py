@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+
 from unmerge.adapter import Adapter
 from unmerge.arrays import dtype_name, to_numpy
 from unmerge_bundle import AdapterRecord, Appended, RecordedModule, append_adapter

@@ -26,9 +26,10 @@ from unmerge.kernels.cores import STORED_PRECISION, compact, numerical_rank
 class IsoC(Merger, frozen=True):
     """The weighted sum with a flat spectrum: `Δ = λ s̄ U Vᵀ` where `Σ w_i Δ_i = U S Vᵀ`.
 
-    s̄ is the mean singular value. Mean and directions run over the numerical rank: singular values up to 1e-7 of the largest are
-    rounding of stored factors, which this rule would lift to the size of the rest. The paper takes
-    min(d_out, d_in) directions, of which a sum of adapters leaves all but Σ r_i arbitrary.
+    s̄ is the mean singular value. Mean and directions run over the numerical rank: singular values
+    up to 1e-7 of the largest are rounding of stored factors, which this rule would lift to the size
+    of the rest. The paper takes min(d_out, d_in) directions, of which a sum of adapters leaves all
+    but Σ r_i arbitrary.
 
     There is no identity law: one adapter comes back with its singular values replaced by their
     mean.
