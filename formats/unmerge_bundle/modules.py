@@ -6,7 +6,6 @@ description, checked by one function on both sides.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
@@ -83,6 +82,11 @@ def check_tensor(
                 "was packed in another order",
                 path=where,
             )
+
+
+def _pieces(length: int, size: int) -> int:
+    """Return `⌈length / size⌉`, in integers: a document may claim any length."""
+    return -(-length // size)
 
 
 class _Module(FormatModel):
@@ -217,7 +221,7 @@ class MaskedDeltaModule(_Module):
         Args:
             restored_rank: The components that the adapter's record gives the module.
         """
-        return {"mask": TensorLayout((self.d_out, math.ceil(self.d_in / 8)), bits=self.d_in)}
+        return {"mask": TensorLayout((self.d_out, _pieces(self.d_in, 8)), bits=self.d_in)}
 
     def admits(self, restored_rank: int | None) -> bool:
         """Return whether an adapter's record may give the module this many components."""
@@ -257,8 +261,8 @@ class AdapterFactorsModule(_Module):
                 layouts[name] = TensorLayout((rows, columns))
                 continue
             bits = columns * self.quantisation.bits
-            groups = math.ceil(columns / self.quantisation.group_size)
-            layouts[f"{name}.codes"] = TensorLayout((rows, math.ceil(bits / 8)), bits=bits)
+            groups = _pieces(columns, self.quantisation.group_size)
+            layouts[f"{name}.codes"] = TensorLayout((rows, _pieces(bits, 8)), bits=bits)
             layouts[f"{name}.scales"] = TensorLayout((rows, groups), nonnegative=True)
         return layouts
 

@@ -26,7 +26,9 @@ def dequantise(matrix: QuantisedMatrix[Array]) -> Array:
         codes = matrix.codes
     values = codes.astype(np.float32)
     values -= np.float32(1 << (matrix.bits - 1))
-    scales = np.repeat(matrix.scales.astype(np.float32), matrix.group_size, axis=1)
+    # A group may be said to be far longer than the row; that must not cost memory.
+    repeats = min(matrix.group_size, matrix.columns)
+    scales = np.repeat(matrix.scales.astype(np.float32), repeats, axis=1)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         np.multiply(values, scales[:, : matrix.columns], out=values)
     return values
@@ -52,11 +54,12 @@ def quantise(
         NonFiniteError: A scale overflows `dtype`.
     """
     rows, columns = matrix.shape
-    groups = math.ceil(columns / group_size)
+    width = min(group_size, columns)  # a longer group is the whole row
+    groups = math.ceil(columns / width)
     largest = (1 << (bits - 1)) - 1
-    padded = np.zeros((rows, groups * group_size))
+    padded = np.zeros((rows, groups * width))
     padded[:, :columns] = matrix
-    grouped = padded.reshape(rows, groups, group_size)
+    grouped = padded.reshape(rows, groups, width)
     mantissa, exponent = np.frexp(np.abs(grouped).max(axis=2) / largest)
     exact = np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8)
     with np.errstate(over="ignore", under="ignore"):
