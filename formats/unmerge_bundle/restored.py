@@ -14,7 +14,7 @@ import numpy as np
 from unmerge_bundle.arrays import FLOAT_DTYPES, Array, FloatDtype, all_finite, round_to
 from unmerge_bundle.card import merged_card, restored_card
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
-from unmerge_bundle.errors import InvalidInputError, WrongKindError
+from unmerge_bundle.errors import InvalidInputError, NonFiniteError, WrongKindError
 from unmerge_bundle.measure import relative_errors
 from unmerge_bundle.model import Generation, ModuleErrors, Source
 from unmerge_bundle.peft import (
@@ -147,11 +147,12 @@ class RestoredAdapter:
 
         Raises:
             KeyError: The adapter has no such module.
+            NonFiniteError: A value overflows float32.
         """
         module = self.modules[path]
         if isinstance(module, RestoredDelta):
             return module.delta.astype(np.float32)
-        return _product(module.A, module.B) * np.float32(module.scaling)
+        return _product(module.A, module.B, scaling=module.scaling, path=path)
 
     def save_peft(
         self,
@@ -166,7 +167,8 @@ class RestoredAdapter:
 
         The original configuration is kept byte for byte where it still describes the factors:
         the source was PEFT's, every module has its source's scaling, and none has a larger rank
-        than its source; those of a smaller one are zero-padded to it. Otherwise, and with
+        than its source; those of a smaller one are zero-padded to it, unless the bundle claims a
+        source's rank beyond the module's features. Otherwise, and with
         `portable`, every scaling is folded into B, every module zero-padded to one rank and
         `lora_alpha` set to it, so that software that reads nothing but `lora_alpha / r` gets the
         same delta.
@@ -247,6 +249,7 @@ class RestoredAdapter:
                 isinstance(module, RestoredModule)
                 and module.scaling == module.source_scaling
                 and ranks[path] == len(module.A) <= module.source_rank
+                and _worth_padding(module)
                 for path, module in self.modules.items()
             )
         )
@@ -301,11 +304,12 @@ class MergedAdapter:
 
         Raises:
             KeyError: There is no such module.
+            NonFiniteError: A value overflows float32.
         """
         module = self.modules[path]
         if isinstance(module, DeltaEncoding):
             return module.delta.astype(np.float32)
-        return _product(module.A, module.B)
+        return _product(module.A, module.B, path=path)
 
     def save_peft(
         self,
@@ -433,6 +437,15 @@ def _written_rank(module: AnyRestored, rank: int | None) -> int:
     return min(rank or len(module.A), len(module.A))
 
 
+def _worth_padding(module: RestoredModule) -> bool:
+    """Return whether a source of this rank can have been one.
+
+    The bundle may claim any, and zeros up to it are written: no more than a module has features.
+    """
+    most: int = max(len(module.B), module.A.shape[1], len(module.A))
+    return module.source_rank <= most
+
+
 def _held(module: AnyRestored) -> Array:
     return module.delta if isinstance(module, RestoredDelta) else module.A
 
@@ -485,8 +498,12 @@ def _check_rank(rank: int | None, dense: Sequence[str], *, of: int, where: str) 
         )
 
 
-def _product(A: Array, B: Array) -> Array:
-    product: Array = B.astype(np.float32) @ A.astype(np.float32)
+def _product(A: Array, B: Array, *, path: str, scaling: float = 1.0) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):  # judged below
+        product: Array = B.astype(np.float32) @ A.astype(np.float32)
+        product *= np.float32(scaling)
+    if not all_finite(product):
+        raise NonFiniteError("the delta has values that overflow float32", path=path)
     return product
 
 

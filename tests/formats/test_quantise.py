@@ -65,3 +65,12 @@ def test_every_code_is_read(bits: Any) -> None:
     scales = np.full(matrix.scales.shape, 0.375, dtype=FLOAT_DTYPES["bfloat16"])
     every = type(matrix)(codes=codes, scales=scales, bits=bits, group_size=64, columns=columns)
     np.testing.assert_array_equal(dequantise(every), by_hand(every))
+
+
+def test_a_group_longer_than_the_row_costs_nothing() -> None:
+    matrix = np.array([[1.0, -0.5, 0.25]])
+    expected = quantise(matrix, bits=8, group_size=3, dtype="float32")
+    result = quantise(matrix, bits=8, group_size=10**15, dtype="float32")
+    assert result.scales.tolist() == expected.scales.tolist()
+    assert result.codes.tolist() == expected.codes.tolist()
+    assert dequantise(result).tolist() == dequantise(expected).tolist()

@@ -405,6 +405,48 @@ def test_bad_entries_of_shared_encodings(
         unmerge_bundle.open(mixed)
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("masked", "d_in"), ("quantised4", "d_in"), ("quantised8", "d_out"), ("core", "rank_in")],
+)
+def test_numbers_beyond_any_tensor_are_a_mismatch(mixed: Path, path: str, field: str) -> None:
+    def change(document: dict[str, Any]) -> None:
+        (module,) = [m for m in document["modules"] if m["path"] == path]
+        module[field] = 10**400
+
+    reseal(mixed, change)
+    with pytest.raises((TensorMismatchError, BlobError), match=path):
+        unmerge_bundle.open(mixed).restore("math")
+    assert not verify(mixed, "structure").ok
+
+
+@pytest.mark.parametrize("rank", [12, 10**15])
+def test_a_source_rank_beyond_the_module_is_not_padded_to(
+    tmp_path: Path, make_zoo: Make, rank: int
+) -> None:
+    fill(make_zoo(config='{"r": 3}'), kinds=("own",)).write(tmp_path / "own.rmb")
+
+    def change(_: Any, metadata: dict[str, Any]) -> None:
+        metadata["modules"][0]["rank"] = rank
+
+    swap(tmp_path / "own.rmb", "math", change)
+    adapter = unmerge_bundle.open(tmp_path / "own.rmb").restore("math")
+    adapter.save_peft(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 3)  # the portable form
+
+
+def test_a_delta_beyond_float32_is_an_error(tmp_path: Path, make_zoo: Make) -> None:
+    fill(make_zoo(), kinds=("own",)).write(tmp_path / "own.rmb")
+
+    def change(_: Any, metadata: dict[str, Any]) -> None:
+        metadata["modules"][0]["scaling"] = 1e300
+
+    swap(tmp_path / "own.rmb", "math", change)
+    with pytest.raises(NonFiniteError, match=r"own: .*overflow"):
+        unmerge_bundle.open(tmp_path / "own.rmb").restore("math").delta("own")
+
+
 def test_infinity_behind_a_mask_is_found(tmp_path: Path, make_zoo: Make) -> None:
     zoo = fill(make_zoo(), kinds=("masked",))
     zoo.encodings["masked"].masks[:] = 0
