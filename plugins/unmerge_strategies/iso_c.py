@@ -84,7 +84,7 @@ class IsoC(Merger, frozen=True):
     def predict(self, shape: ModuleShape) -> OutputSize:
         """Return at most what is stored: the elements of one adapter of rank Σ r_i."""
         rank = min(sum(shape.ranks), shape.d_out, shape.d_in)
-        return OutputSize(shared=rank * (shape.d_out + shape.d_in))
+        return OutputSize(shared=rank * (shape.d_out + shape.d_in), at_most=True)
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return float64 factors, reflectors and results, and the core with its SVD."""

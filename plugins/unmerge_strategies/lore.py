@@ -155,7 +155,7 @@ class Lore(Merger, frozen=True):
         if self.finish == "ties":
             return OutputSize(shared=shape.d_out * shape.d_in)
         rank = min(sum(shape.ranks), shape.d_out, shape.d_in)
-        return OutputSize(shared=rank * (shape.d_out + shape.d_in))
+        return OutputSize(shared=rank * (shape.d_out + shape.d_in), at_most=True)
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return float64 frames and about eight copies of the cores; for TIES, rests and rows."""

@@ -137,7 +137,7 @@ class MmSvd(Merger, frozen=True):
         """Return the elements of one adapter of the chosen rank; `None` where a spectrum decides.
 
         Also where the inner rule does not say whether its result is a delta or factors, and that
-        makes a difference.
+        makes a difference. At most that many where the inner rule's rank is a bound.
         """
         inner = self.inner.predict(shape)
         wanted = self._choice(max(shape.ranks)).rank
@@ -148,7 +148,9 @@ class MmSvd(Merger, frozen=True):
         if inner.total == shape.d_out * shape.d_in and not self.inner.capabilities.factor_exact:
             possible.add(smaller)
         ranks = {min(wanted, rank, smaller) for rank in possible}
-        return OutputSize(shared=ranks.pop() * sides) if len(ranks) == 1 else None
+        if len(ranks) > 1:
+            return None
+        return OutputSize(shared=ranks.pop() * sides, at_most=inner.at_most)
 
     def advise(self, shapes: Sequence[ModuleShape]) -> list[str]:
         """Pass on what the inner rule says."""

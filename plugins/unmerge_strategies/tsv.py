@@ -88,7 +88,7 @@ class Tsv(Merger, frozen=True):
         """Return at most what is stored: the elements of one adapter of rank Σ k_i."""
         kept = sum(self._kept(shape, rank) for rank in shape.ranks)
         rank = min(kept, shape.d_out, shape.d_in)
-        return OutputSize(shared=rank * (shape.d_out + shape.d_in))
+        return OutputSize(shared=rank * (shape.d_out + shape.d_in), at_most=True)
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return float64 directions with their reflectors and polar factors, and the cores."""

@@ -27,7 +27,7 @@ from unmerge.errors import CapabilityError, NonFiniteError
 from unmerge.merger import Capabilities, MergeContext, Merger, OutputSize
 from unmerge.stack import FactorStack, ModuleShape
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
-from unmerge_strategies import Average, MmSvd, Rmm, TaskArithmetic
+from unmerge_strategies import Average, Knots, MmSvd, Rmm, TaskArithmetic
 from unmerge_strategies.truncate import Truncate
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -207,6 +207,17 @@ def test_the_predicted_size_is_the_size(rank: int | None) -> None:
     predicted = merger.predict(case.stack().module(0).shape)
     assert predicted is not None
     assert predicted.total == stored_elements(merge(merger, case)["layer.0"])
+    assert not predicted.at_most
+
+
+def test_a_bound_on_the_inner_rank_is_a_bound_on_the_size() -> None:
+    factors = collection((2,)).modules["layer.0"]["a"]
+    case = Case("twice", {"layer.0": {"a": factors, "b": factors}})
+    merger = MmSvd(rank=4, inner=Knots())
+    predicted = merger.predict(case.stack().module(0).shape)
+    assert predicted is not None
+    assert predicted.at_most
+    assert stored_elements(merge(merger, case)["layer.0"]) == predicted.total // 2
 
 
 def test_inner_is_a_recipe_or_an_object() -> None:
