@@ -130,6 +130,9 @@ class LoraLego(Merger, frozen=True):
         if not bool(torch.isfinite(units).all()):
             raise NonFiniteError(f"{module.path}: a unit holds NaN or infinity; check the adapters")
         masses = torch.cat([units.new_full((f.rank,), abs(w)) for f, w in parts])
+        # In an order of their own: that of an adapter's ranks must not decide where k-means starts.
+        order = torch.linalg.vector_norm(units, dim=1).argsort(descending=True, stable=True)
+        units, masses = units[order], masses[order]
         count = min(self._count(shape), units.shape[0])
         clusters = kmeans(
             # Coordinates in an orthonormal basis of the units: the same distances, R numbers each.

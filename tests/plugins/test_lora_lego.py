@@ -218,6 +218,19 @@ def test_balanced_units_do_not_depend_on_where_a_size_is_kept() -> None:
     assert relative(one, two) > 1e-3
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("balance", [True, False])
+def test_the_order_of_an_adapters_ranks_means_nothing(balance: bool, seed: int) -> None:
+    case = collection((5, 5, 5))
+    mixed = [3, 0, 4, 1, 2]
+    f = case.modules["layer.0"]["b"]
+    shuffled = replace(f, A=f.A[mixed], B=f.B[:, mixed])
+    other = Case("", {"layer.0": {**case.modules["layer.0"], "b": shuffled}})
+    merger = LoraLego(balance=balance)
+    left, right = (delta(merge(merger, c, seed=seed)["layer.0"]) for c in (case, other))
+    assert relative(left, right) < 1e-12
+
+
 def test_the_seed_and_the_module_draw_the_start() -> None:
     case = collection((8, 8, 8), paths=("m.0",), d_out=30, d_in=30)
     other = Case("", {"m.1": case.modules["m.0"]})
