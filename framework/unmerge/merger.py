@@ -306,10 +306,14 @@ class Merger(BaseModel, ABC, frozen=True, extra="forbid", strict=True):
     ) -> JsonSchemaValue:
         if not cls.__abstractmethods__:
             return handler(schema)
+        # Imported here: the registry is built from plugins, which import this module.
+        from unmerge.registry import default_registry
+
+        fitting = [n for n, r in default_registry().items() if issubclass(r.merger, cls)]
         return {
             "type": "object",
             "description": "A merger's recipe: its method and its fields.",
-            "properties": {"method": {"type": "string"}},
+            "properties": {"method": {"type": "string", "enum": fitting}},
             "required": ["method"],
         }
 

@@ -25,7 +25,7 @@ from unmerge.merger import (
 )
 from unmerge.registry import default_registry
 from unmerge.stack import FactorStack, ModuleShape
-from unmerge_strategies import Average, MmSvd, Rmm, TaskArithmetic
+from unmerge_strategies import Average, Dare, MmSvd, Rmm, TaskArithmetic
 
 STRATEGIES: list[Merger] = [
     Average(),
@@ -157,6 +157,13 @@ def test_a_json_schema_names_every_field(merger: Merger) -> None:
     assert set(schema["properties"]) == set(type(merger).model_fields)
     assert all(field.description for field in type(merger).model_fields.values())
     json.dumps(schema)
+
+
+def test_the_schema_of_a_wrapper_names_the_strategies_it_takes() -> None:
+    inner = Dare.model_json_schema()["properties"]["inner"]
+    assert inner["properties"]["method"]["enum"] == [
+        *("average", "dare", "magnitude_prune", "task_arithmetic", "ties"),
+    ]
 
 
 def test_an_abstract_merger_cannot_be_built() -> None:
