@@ -90,6 +90,15 @@ class PartWeights:
             )
         return self.total / present
 
+    def renormalised(self, absent: Absent) -> list[float]:
+        """Return the weights times `renormalisation`.
+
+        Raises:
+            ConfigError: As there.
+        """
+        factor = self.renormalisation(absent)
+        return [factor * w for w in self.values]
+
 
 def _shared_out(value: float, part: str) -> float:
     if part == "A":

@@ -144,27 +144,9 @@ class MergeContext:
         """Names of all adapters of the merge, sorted."""
         return tuple(self.weights)
 
-    def weights_of(self, names: Sequence[str], absent: Absent = "zero") -> list[float]:
-        """Return the weights of `names`, in their order.
-
-        Args:
-            names: The adapters that have a module.
-            absent: `"zero"`: the others count as zero deltas, so the weights are the user's.
-                `"renormalise"`: the others do not count, so these are scaled up to the sum of all.
-
-        Raises:
-            ConfigError: To be renormalised, and those of `names` sum to zero.
-        """
-        weights = [self.weights[name] for name in names]
-        if absent == "zero" or len(weights) == len(self.weights):
-            return weights
-        # Relative: weights such as 0.1, 0.2, -0.3 sum to rounding noise, not to 0.
-        if abs(sum(weights)) <= 1e-12 * sum(abs(w) for w in weights):
-            raise ConfigError(
-                f"the weights of {', '.join(names)} sum to 0 and cannot be renormalised; "
-                "use absent=zero"
-            )
-        return [w * (sum(self.weights.values()) / sum(weights)) for w in weights]
+    def weights_of(self, names: Sequence[str]) -> list[float]:
+        """Return the weights of `names`, in their order; `PartWeights` renormalises them."""
+        return [self.weights[name] for name in names]
 
 
 class Passes(Iterable[FactorStack]):

@@ -18,6 +18,7 @@ from unmerge import (
     Merger,
     ModuleShape,
     OutputSize,
+    PartWeights,
 )
 from unmerge.kernels import concatenate, svd_of_product
 from unmerge.kernels.cores import STORED_PRECISION, compact, numerical_rank
@@ -59,7 +60,7 @@ class IsoC(Merger, frozen=True):
         Raises:
             ConfigError: They sum to zero.
         """
-        context.weights_of(shape.adapters, self.absent)
+        self._weights(shape, context)
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         """Flatten the spectrum of every module's sum. O((d_out + d_in) R² + R³), R = Σ r_i.
@@ -70,7 +71,7 @@ class IsoC(Merger, frozen=True):
         """
         merged: list[Encoding[torch.Tensor]] = []
         for module in stack:
-            A, B = concatenate(module.factors, context.weights_of(module.adapters, self.absent))
+            A, B = concatenate(module.factors, self._weights(module.shape, context))
             svd = svd_of_product(B, A, min(B.shape[0], *A.shape))
             rank = numerical_rank(svd.spectrum, STORED_PRECISION)
             kept = compact(svd, rank)
@@ -90,3 +91,7 @@ class IsoC(Merger, frozen=True):
         """Return float64 factors, reflectors and results, and the core with its SVD."""
         total = sum(shape.ranks)
         return 8 * (4 * shape.elements + 4 * min(total, shape.d_out) * min(total, shape.d_in))
+
+    def _weights(self, shape: ModuleShape, context: MergeContext) -> list[float]:
+        weights = PartWeights.of(shape.path, shape.adapters, "delta", context)
+        return weights.renormalised(self.absent)

@@ -20,6 +20,7 @@ from unmerge import (
     Merger,
     ModuleShape,
     OutputSize,
+    PartWeights,
     StackModule,
 )
 from unmerge.errors import ConfigError
@@ -171,7 +172,8 @@ class Lore(Merger, frozen=True):
     def _merge_module(self, module: StackModule, context: MergeContext) -> Encoding[torch.Tensor]:
         shape = module.shape
         self.check(shape, context)
-        present = context.weights_of(module.adapters, self.absent)
+        given = PartWeights.of(shape.path, shape.adapters, "delta", context)
+        present = given.renormalised(self.absent)
         # Adapters without weight or module would only blow up the frame.
         weighted = [(f, w) for f, w in zip(module.factors, present, strict=True) if w > 0]
         weights = [w for _, w in weighted]
