@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 
 import torch
 
@@ -36,7 +37,8 @@ class RankChoice:
         if self.rank is not None:
             return None
         if self.energy is not None:
-            return 1.0 - self.energy
+            # Of the decimal that was typed: 1 − 0.8 in binary is less than 0.2.
+            return float(1 - Decimal(repr(self.energy)))
         return self.error**2 if self.error is not None else 0.0
 
     def keep(self, spectrum: torch.Tensor, *, dimension: int, noise: float = 0.0) -> int:
