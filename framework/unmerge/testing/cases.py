@@ -21,6 +21,7 @@ __all__ = [
     "edge_cases",
     "exact",
     "general",
+    "many",
     "merge_collection",
     "mixed",
     "one_adapter",
@@ -84,8 +85,16 @@ def tall() -> AdapterCollection:
     return random_collection("70 rows", d_out=70, d_in=6, weights=(1.0, 0.5, 2.0), seed=5)
 
 
+@functools.cache
+def many() -> AdapterCollection:
+    """Seven adapters, more than their rank, each of a weight of its own."""
+    return random_collection(
+        "seven adapters", ranks=(2,) * 7, weights=(1, 0.5, 2, 1.5, 0.25, 3, 0.75), seed=18
+    )
+
+
 def one_adapter(scaling: float, name: str) -> AdapterCollection:
-    """One adapter at weight 1, with a flat, a decaying and a wide module."""
+    """One adapter at weight 1, with a flat, a decaying, a wide and a large module."""
     flat = random_collection(name, ranks=(4,), scalings=(scaling,), seed=6)
     decaying = random_collection(
         ranks=(4,), scalings=(scaling,), values="decaying", paths=("layers.1.q_proj",), seed=6
@@ -93,7 +102,10 @@ def one_adapter(scaling: float, name: str) -> AdapterCollection:
     wide = random_collection(
         ranks=(4,), scalings=(scaling,), d_out=3, paths=("layers.0.head",), seed=6
     )
-    return flat.joined(decaying).joined(wide)
+    large = random_collection(
+        ranks=(4,), scalings=(scaling,), d_out=70, d_in=140, paths=("layers.0.up_proj",), seed=6
+    )
+    return flat.joined(decaying).joined(wide).joined(large)
 
 
 @functools.cache

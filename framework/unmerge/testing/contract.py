@@ -281,7 +281,7 @@ def inputs_are_not_written_to(merger: Merger) -> None:
 
 @law(needs_no_activations)
 def global_state_is_left_alone(merger: Merger) -> None:
-    """No global random generator is drawn from or seeded, and torch's default dtype stays."""
+    """No global random generator is drawn from or seeded; torch's settings stay."""
     with _own_generators():
         before = _global_state()
         result_of(merger, cases.general())
@@ -298,6 +298,8 @@ def _global_state() -> dict[str, bytes]:
         "numpy's random state": repr(generator).encode(),
         "random's state": repr(random.getstate()).encode(),
         "torch's default dtype": str(torch.get_default_dtype()).encode(),
+        "torch's number of threads": str(torch.get_num_threads()).encode(),
+        "torch's gradient mode": str(torch.is_grad_enabled()).encode(),
     }
 
 

@@ -43,13 +43,17 @@ from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
 TOLERANCE = 1e-5
 """Largest relative Frobenius distance where rounding may enter: methods, section 10, in float32."""
 
+_LATE_NAMES = "tuvwxyz"
+
 SCALINGS = {
     "alpha / r": 16 / 4,
     "rsLoRA": 16 / 4**0.5,
     "a fraction": 1 / 3,
     "a negative scaling": -0.5,
+    "a tiny scaling": 2.0**-30,
+    "a huge scaling": 2.0**30,
 }
-"""Scalings that one adapter of rank 4 may have."""
+"""Scalings that one adapter of rank 4 may have; a hidden cut-off shows at the ends."""
 
 
 @law(has_lossless, needs_no_activations)
@@ -84,8 +88,9 @@ def _as_merged(results: Results) -> Results:
 def scaling_enters_once(merger: Merger) -> None:
     """`(B, A, 2s)`, `(2B, A, s)` and `(B, 2A, s)` are one adapter."""
     collection = cases.exact()
-    # Powers of two, different ones: that all adapters grow alike must not hide a mistake.
-    powers = {"a": 1.0, "b": 2.0, "c": 0.25}
+    # Powers of two, different ones: that all adapters grow alike must not hide a mistake. One is
+    # negative: a rule may lose the sign of a scaling.
+    powers = {"a": 1.0, "b": 2.0, "c": -0.25}
 
     def change(what: str) -> AdapterCollection:
         return collection.map(
@@ -159,15 +164,17 @@ def factors_equal_the_dense_result(merger: Merger) -> None:
 @law(declares("weight_scales_delta"), needs_no_activations)
 def weights_scale_deltas(merger: Merger) -> None:
     """Doubling a weight doubles that adapter's part and nothing else, down to the weight 0."""
-    for collection in (cases.general(), cases.with_missing_modules()):
-        weighted = collection.weighted({"a": 1.0, "b": 0.5, "c": -3.0})
-        doubled = result_of(merger, weighted.weighted({"b": 1.0}))
-        alone = result_of(merger, weighted.weighted({"a": 0.0, "c": 0.0}))
+    for collection in (cases.general(), cases.with_missing_modules(), cases.many()):
+        weighted = collection.weighted({"a": 1.0, "b": -3.0})
+        last = collection.adapters[-1]
+        others = dict.fromkeys(collection.adapters[:-1], 0.0)
+        doubled = result_of(merger, weighted.weighted({last: 2 * weighted.weights[last]}))
+        alone = result_of(merger, weighted.weighted(others))
         check_close(
-            f"{collection.name}, the weight of b doubled",
+            f"{collection.name}, the weight of {last} doubled",
             _sum(result_of(merger, weighted), alone),
             _sum(doubled),
-            "the result before, and b's part once more",
+            f"the result before, and {last}'s part once more",
             tolerance=TOLERANCE,
             scale=scale_of(weighted),
         )
@@ -204,6 +211,20 @@ def ignored_weights_have_no_effect(merger: Merger) -> None:
     )
 
 
+@law(declares("ignores_weights", expected=False), needs_no_activations)
+def weights_have_an_effect(merger: Merger) -> None:
+    """Other weights give another result, unless `ignores_weights` is declared."""
+    collection = cases.general()
+    others = collection.weighted({"a": 2.0, "b": 0.25, "c": 3.0})
+    weighted, expected = (result_of(merger, c) for c in (others, collection))
+    if all(bits(weighted[path]) == bits(encoding) for path, encoding in expected.items()):
+        raise Violation(
+            f"{collection.name}, weighted otherwise",
+            "another result, or ignores_weights declared",
+            "the same bits",
+        )
+
+
 @law(needs_no_activations)
 def order_of_adapters_is_irrelevant(merger: Merger) -> None:
     """Adapters handed over in reverse change no bit; named in another order, only rounding."""
@@ -216,14 +237,14 @@ def order_of_adapters_is_irrelevant(merger: Merger) -> None:
         )
     if merger.capabilities.stochastic:
         return  # Random numbers are keyed by the adapters' names, so other names draw others.
-    names = {"a": "z", "b": "y", "c": "x"}
-    for collection in (cases.exact(), cases.general()):
+    for collection in (cases.exact(), cases.general(), cases.many()):
+        names = dict(zip(collection.adapters, reversed(_LATE_NAMES), strict=False))
         renamed = result_of(merger, collection.renamed(names))
         original = result_of(merger, collection)
         for path, encoding in original.items():
             got, expected = deltas(renamed[path]), deltas(encoding)
             check_close(
-                f"{collection.name}, a, b, c named z, y, x",
+                f"{collection.name}, {', '.join(names)} named {', '.join(names.values())}",
                 {path: DeltaEncoding(delta=torch.cat(list(expected.values())))},
                 {path: DeltaEncoding(delta=torch.cat([got[names.get(n, n)] for n in expected]))},
                 "the result under the usual names",
@@ -414,6 +435,7 @@ CHECKS = (
     factors_equal_the_dense_result,
     weights_scale_deltas,
     ignored_weights_have_no_effect,
+    weights_have_an_effect,
     order_of_adapters_is_irrelevant,
     a_stack_equals_its_modules,
     block_height_is_irrelevant,

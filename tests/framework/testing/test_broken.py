@@ -204,6 +204,13 @@ class SeedsTheGlobalGenerator(Sum, frozen=True):
         return super().merged(module, context)
 
 
+@breaks("global_state_is_left_alone")
+class TakesAllCores(Sum, frozen=True):
+    def merged(self, module: StackModule, context: MergeContext) -> torch.Tensor:
+        torch.set_num_threads(2)
+        return super().merged(module, context)
+
+
 @breaks("mixed_ranks_are_refused")
 class MixesRanksUnsaid(Sum, frozen=True):
     claims = replace(ALL, mixed_ranks=False)
@@ -220,6 +227,30 @@ class RefusesWithoutAName(Keep, frozen=True):
 class LosesAndSaysItDoesNot(Sum, frozen=True):
     def lossless(self) -> Merger | None:
         return self
+
+
+@breaks("one_adapter_gives_itself")
+class DropsSmallNumbers(Sum, frozen=True):
+    def merged(self, module: StackModule, context: MergeContext) -> torch.Tensor:
+        total = super().merged(module, context)
+        return torch.where(total.abs() < 1e-5, 0.0, total)
+
+
+@breaks("one_adapter_gives_itself")
+class ForgetsWideColumns(Sum, frozen=True):
+    def merged(self, module: StackModule, context: MergeContext) -> torch.Tensor:
+        total = super().merged(module, context)
+        total[:, 64:] = 0.0
+        return total
+
+
+@breaks("scaling_enters_once")
+class LosesTheSignOfScalings(Sum, frozen=True):
+    is_lossless = False
+
+    def merged(self, module: StackModule, context: MergeContext) -> torch.Tensor:
+        positive = tuple(replace(f, scaling=abs(f.scaling)) for f in module.factors)
+        return super().merged(replace(module, factors=positive), context)
 
 
 @breaks("scaling_enters_once")
@@ -288,6 +319,21 @@ class UsesIgnoredWeights(Sum, frozen=True):
     claims = replace(ALL, ignores_weights=True, weight_scales_delta=False)
 
 
+@breaks("weights_have_an_effect")
+class IgnoresWeightsUnsaid(Sum, frozen=True):
+    claims = replace(ALL, weight_scales_delta=False)
+
+    def merged(self, module: StackModule, context: MergeContext) -> torch.Tensor:
+        return super().merged(module, replace(context, weights=dict.fromkeys(context.weights, 1.0)))
+
+
+@breaks("order_of_adapters_is_irrelevant")
+class ForgetsTheFifth(Sum, frozen=True):
+    def merged(self, module: StackModule, context: MergeContext) -> torch.Tensor:
+        known = replace(module, adapters=module.adapters[:4], factors=module.factors[:4])
+        return super().merged(known, context)
+
+
 @breaks("order_of_adapters_is_irrelevant")
 class CountsTheFirstTwice(Sum, frozen=True):
     is_lossless = False
@@ -327,6 +373,10 @@ class LooksAtThePadding(Sum, frozen=True):
 @breaks("block_height_is_irrelevant")
 class CentresEachBlock(ElementwiseMerger, frozen=True):
     method = "test.centred"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, ignores_weights=True)
 
     def combine(self, block: Block, state: None) -> torch.Tensor:
         total = block.values.sum(dim=0)
@@ -373,7 +423,7 @@ class CountsCancelledVotesAsPositive(ElementwiseMerger, frozen=True):
 
     @property
     def capabilities(self) -> Capabilities:
-        return replace(super().capabilities, sign_equivariant=True)
+        return replace(super().capabilities, ignores_weights=True, sign_equivariant=True)
 
     def combine(self, block: Block, state: None) -> torch.Tensor:
         vote = torch.where(block.values.sum(dim=0) < 0, -1.0, 1.0)
@@ -510,7 +560,7 @@ class Hashing(Merger, frozen=True):
 
     @property
     def capabilities(self):
-        return Capabilities(mixed_ranks=True)
+        return Capabilities(mixed_ranks=True, ignores_weights=True)
 
     def merge(self, stack, context):
         return [

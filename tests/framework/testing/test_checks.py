@@ -25,7 +25,7 @@ class Halved(Merger, frozen=True):
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(mixed_ranks=True, stochastic=self.seeded)
+        return Capabilities(mixed_ranks=True, ignores_weights=True, stochastic=self.seeded)
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         deltas = [
@@ -81,7 +81,7 @@ def test_undeclared_capabilities_are_skipped_with_a_reason() -> None:
         "factoring_is_irrelevant": "declares gauge_invariant=False",
         "flipped_entries_flip_the_result": "declares sign_equivariant=False",
         "factors_equal_the_dense_result": "declares factor_exact=False",
-        "ignored_weights_have_no_effect": "declares ignores_weights=False",
+        "weights_have_an_effect": "declares ignores_weights=True",
         "mixed_ranks_are_refused": "declares mixed_ranks=True",
         "restored_adapters_are_finite": "declares restores=None",
         "another_seed_gives_another_result": "declares stochastic=False",
@@ -187,6 +187,15 @@ def test_a_lossless_that_changes_its_mind_is_a_failure() -> None:
 
 def test_refusals_of_edge_cases_are_passed_and_named() -> None:
     class Positive(Halved, frozen=True):
+        @property
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities, ignores_weights=False)
+
+        def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
+            total = sum(context.weights.values())
+            scaled = self.model_copy(update={"scale": total / len(context.weights)})
+            return Halved.merge(scaled, stack, context)
+
         def check(self, shape: object, context: MergeContext) -> None:
             if min(context.weights.values()) <= 0:
                 raise ConfigError("weights must be positive")

@@ -73,7 +73,7 @@ class Zero(Merger, frozen=True):
 
     @property
     def capabilities(self):
-        return Capabilities(mixed_ranks=True)
+        return Capabilities(mixed_ranks=True, ignores_weights=True)
 
     def merge(self, stack, context):
         return [DeltaEncoding(delta=torch.zeros(m.shape.d_out, m.shape.d_in)) for m in stack]

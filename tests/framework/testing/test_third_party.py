@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,10 @@ class Midrange(ElementwiseMerger, frozen=True):
 
     method: ClassVar[str] = "acme.midrange"
 
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, ignores_weights=True)
+
     def combine(self, block: Block, state: None) -> torch.Tensor:
         low, high = block.values.aminmax(dim=0)
         return (low + high) / 2
@@ -50,7 +55,11 @@ class Clipped(ElementwiseMerger, frozen=True):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            needs_survey=True, mixed_ranks=True, gauge_invariant=True, sign_equivariant=True
+            needs_survey=True,
+            mixed_ranks=True,
+            ignores_weights=True,
+            gauge_invariant=True,
+            sign_equivariant=True,
         )
 
     def measure(self, blocks: Blocks, context: MergeContext) -> float:
@@ -125,7 +134,11 @@ class Noisy(ElementwiseMerger, frozen=True):
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            mixed_ranks=True, stochastic=True, gauge_invariant=True, sign_equivariant=True
+            mixed_ranks=True,
+            ignores_weights=True,
+            stochastic=True,
+            gauge_invariant=True,
+            sign_equivariant=True,
         )
 
     def combine(self, block: Block, state: None) -> torch.Tensor:
