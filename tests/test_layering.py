@@ -49,7 +49,7 @@ LAYERS = (
     ("stack", "store"),
     ("merger",),
     ("elementwise", "registry"),
-    ("linear", "trimming"),
+    ("basis", "linear", "trimming"),
     ("recipe", "chunking"),
     ("plan",),
     ("execution",),

@@ -2,6 +2,7 @@
 
 from unmerge.adapter import Adapter, Factors
 from unmerge.appending import append
+from unmerge.basis import BasisMerger, InBasis
 from unmerge.elementwise import (
     Block,
     Blocks,
@@ -49,6 +50,7 @@ __all__ = [
     "AdapterFactorsEncoding",
     "AdapterStore",
     "AffineBasisEncoding",
+    "BasisMerger",
     "Block",
     "Blocks",
     "Capabilities",
@@ -58,6 +60,7 @@ __all__ = [
     "FactorStack",
     "Factors",
     "FactorsEncoding",
+    "InBasis",
     "InnerRule",
     "LinearMerger",
     "MaskedDeltaEncoding",

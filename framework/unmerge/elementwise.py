@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -211,6 +211,18 @@ class Matrices:
             seed=context.seed,
             rows=lambda start, stop: values[:, start:stop],
         )
+
+    @classmethod
+    def of_factors(
+        cls, factors: Sequence[Factors], module: StackModule, space: str, context: MergeContext
+    ) -> Matrices:
+        """Return the products `scaling · B A` that a wrapper has as factors, one per adapter.
+
+        They are multiplied when their rows are read, so that no matrix is ever held.
+        """
+        products = StackModule(module.path, module.adapters, tuple(factors))
+        [matrices] = module_matrices(products, "delta", context)
+        return dataclasses.replace(matrices, part=space, space=space)
 
     def blocks(self, height: int | None = None) -> Iterator[Block]:
         """Yield all rows in order, `height` at a time; by default what keeps a block small."""

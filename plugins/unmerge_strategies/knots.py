@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from unmerge import (
-    Capabilities,
-    Encoding,
+    BasisMerger,
     Factors,
-    FactorsEncoding,
-    FactorStack,
+    InBasis,
     Matrices,
     MergeContext,
-    Merger,
     ModuleShape,
     OutputSize,
-    Passes,
-    SignEquivariantRule,
     StackModule,
-    module_matrices,
 )
 from unmerge.kernels import shared_basis
 
 
-@dataclass(frozen=True, slots=True)
-class _Aligned:
-    """The shared basis `U (d, k)`, and each adapter's block in it as a matrix to merge."""
-
-    U: torch.Tensor
-    blocks: Matrices
-
-
-class Knots(Merger, frozen=True):
+class Knots(BasisMerger, frozen=True):
     """A rule f in one singular basis: `Δ = U · f({Σ V_iᵀ})`, `[Δ_1 … Δ_N] = U Σ [V_1ᵀ … V_Nᵀ]`.
 
     The blocks `Σ V_iᵀ (k × d_in)` are the adapters in one basis, where signs and magnitudes can be
@@ -59,55 +43,9 @@ class Knots(Merger, frozen=True):
 
     method: ClassVar[str] = "knots"
 
-    inner: SignEquivariantRule = Field(
-        default={"method": "ties"},
-        validate_default=True,
-        description="the rule f that merges the aligned blocks; elementwise, turning with signs",
-    )
     axis: Literal["output", "input"] = Field(
         default="output", description="the side of the deltas that gets the shared basis"
     )
-    cutoff: float = Field(
-        default=1e-7,
-        ge=0,
-        lt=1,
-        description="directions up to this fraction of the largest singular value are left out",
-    )
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """As the inner rule's, for any ranks and any gauge; a sign turns the whole basis."""
-        return replace(
-            self.inner.capabilities,
-            factor_exact=False,
-            mixed_ranks=True,
-            gauge_invariant=True,
-            sign_equivariant=False,
-        )
-
-    def check(self, shape: ModuleShape, context: MergeContext) -> None:
-        """Refuse what the inner rule refuses."""
-        self.inner.check(shape, context)
-
-    def survey(self, passes: Passes, context: MergeContext) -> object:
-        """Survey for the inner rule, over the aligned blocks of all modules."""
-
-        def matrices() -> Iterator[Matrices]:
-            for stack in passes:
-                for module in stack:
-                    yield self._align(module, context).blocks
-
-        return self.inner.survey_matrices(matrices, context)
-
-    def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
-        """Align and merge every module. O((d_out + d_in) R² + R³ + N R d_in), R = Σ r_i."""
-        merged: list[Encoding[torch.Tensor]] = []
-        for module in stack:
-            aligned = self._align(module, context)
-            block = self.inner.merge_matrices(aligned.blocks, context)
-            A, B = (block, aligned.U) if self.axis == "output" else (aligned.U.T, block.T)
-            merged.append(FactorsEncoding(A=A, B=B, facts={"rank": float(aligned.U.shape[1])}))
-        return merged
 
     def predict(self, shape: ModuleShape) -> OutputSize:
         """Return the elements of one adapter whose rank is the most that the blocks can have."""
@@ -123,24 +61,26 @@ class Knots(Merger, frozen=True):
         inner = self.inner.matrix_bytes(len(shape.ranks), rows, sides[1])
         return 8 * (5 * shape.elements + 4 * total * rows) + inner
 
-    def lossless(self) -> Merger | None:
-        """Return it with every direction kept and a lossless inner rule."""
-        inner = self.inner.lossless()
-        return None if inner is None else self.model_copy(update={"inner": inner, "cutoff": 0.0})
-
-    def _align(self, module: StackModule, context: MergeContext) -> _Aligned:
+    def represent(self, module: StackModule, context: MergeContext) -> InBasis:
+        """Return the aligned blocks. O((d_out + d_in) R² + R³), and N R d_in to read them all."""
         oriented = [_oriented(f, self.axis) for f in module.factors]
         basis = shared_basis([B @ _triangle(A).T for A, B in oriented], self.cutoff)
-        dtype = module.factors[0].A.dtype
+        U, dtype = basis.U, module.factors[0].A.dtype
         factors = []
         for (A, B), block in zip(oriented, basis.blocks, strict=True):
             # Uᵀ B and not the block itself, whose A would be orthonormal rows: a column of zeros
             # of A stays one.
-            left = torch.where(block.any(dim=1, keepdim=True), basis.U.T @ B, 0.0)
+            left = torch.where(block.any(dim=1, keepdim=True), U.T @ B, 0.0)
             factors.append(Factors(A=A.to(dtype), B=left.to(dtype), scaling=1.0))
-        aligned = StackModule(path=module.path, adapters=module.adapters, factors=tuple(factors))
-        [matrices] = module_matrices(aligned, "delta", context)
-        return _Aligned(U=basis.U, blocks=replace(matrices, part="knots", space="knots"))
+
+        def back(merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (merged, U) if self.axis == "output" else (U.T, merged.T)
+
+        return InBasis(
+            matrices=Matrices.of_factors(factors, module, "knots", context),
+            factors=back,
+            facts={"rank": float(U.shape[1])},
+        )
 
 
 def _oriented(

@@ -35,7 +35,7 @@ def shared_basis(matrices: Sequence[torch.Tensor], cutoff: float) -> SharedBasis
     """Return the left singular basis of `[X_1 … X_N]`.
 
     Args:
-        matrices: X_n, `(d, r_n)` each.
+        matrices: X_n, `(d, r_n)` each, of which any r_n may be 0.
         cutoff: Directions whose singular value is at most this fraction of the largest are left
             out; at least one is kept.
 
@@ -51,6 +51,8 @@ def shared_basis(matrices: Sequence[torch.Tensor], cutoff: float) -> SharedBasis
         direction counts as 0 below 2⁻⁴⁴ of the largest singular value. O(d R² + R³).
     """
     stacked = torch.cat([matrix.to(torch.float64) for matrix in matrices], dim=1)
+    if stacked.shape[1] == 0:
+        stacked = stacked.new_zeros(stacked.shape[0], 1)
     basis = orthonormal_core(stacked)
     if not bool(torch.isfinite(basis.core).all()):
         raise NonFiniteError("the factors side by side are not finite; check the scalings")
@@ -60,7 +62,8 @@ def shared_basis(matrices: Sequence[torch.Tensor], cutoff: float) -> SharedBasis
     signs = column_signs(wide)
     # Uᵀ X_n and not a part of S Vᵀ: exactly zero for a zero matrix.
     aligned = (U[:, :kept] * signs).T @ basis.core
-    blocks = aligned.split([matrix.shape[1] for matrix in matrices], dim=1)
+    widths = [matrix.shape[1] for matrix in matrices]
+    blocks = aligned[:, : sum(widths)].split(widths, dim=1)
     return SharedBasis(
         U=wide * signs, S=S[:kept], blocks=tuple(_without_noise(b, float(S[0])) for b in blocks)
     )
