@@ -133,10 +133,10 @@ def _stored(tensor: torch.Tensor, plan: Plan, who: str) -> Array:
 def _check(module: StackModule, encoding: object, plan: Plan, who: str) -> Encoding[torch.Tensor]:
     if not isinstance(encoding, Encoding):
         raise CapabilityError(f"{module.path}: {who} returned {encoding!r}, expected an encoding")
-    tensors = encoding.shared_tensors()
+    tensors = [*encoding.shared_tensors().items()]
     for name in encoding.adapters:
-        tensors.update(encoding.adapter_tensors(name))
-    for name, tensor in tensors.items():
+        tensors += encoding.adapter_tensors(name).items()
+    for name, tensor in tensors:
         packed = _is_packed_tensor(name)
         fits = isinstance(tensor, torch.Tensor) and (
             tensor.dtype == torch.uint8 if packed else tensor.dtype.is_floating_point

@@ -15,12 +15,14 @@ import torch
 import unmerge_bundle
 from adapters import make_adapter
 from unmerge import (
+    AdapterFactorsEncoding,
     AdapterStore,
     Capabilities,
     FactorsEncoding,
     MergePipeline,
     Merger,
     Recipe,
+    ReversibleMerger,
 )
 from unmerge.arrays import to_numpy
 from unmerge.errors import (
@@ -384,6 +386,34 @@ def test_a_failing_merger_leaves_nothing_behind(
         MergePipeline(store, Failing(how=how), dtype=dtype).run(tmp_path / "out.rmb")
     assert files(tmp_path) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["zoo"]
+
+
+class WrongFirst(ReversibleMerger, frozen=True):
+    """Keeps all factors, those of the first adapter as bytes."""
+
+    method: ClassVar[str] = "test.wrong_first"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(restores="factors", ignores_weights=True, mixed_ranks=True)
+
+    def merge(self, stack, context):
+        return [
+            AdapterFactorsEncoding(
+                names=module.adapters,
+                scalings=tuple(f.scaling for f in module.factors),
+                A=(module.factors[0].A.to(torch.uint8), *(f.A for f in module.factors[1:])),
+                B_transposed=tuple(f.B.T for f in module.factors),
+                d_out=module.shape.d_out,
+                d_in=module.shape.d_in,
+            )
+            for module in stack
+        ]
+
+
+def test_the_tensors_of_every_adapter_are_checked(store: AdapterStore, tmp_path: Path) -> None:
+    with pytest.raises(CapabilityError, match=r"A as torch\.uint8, expected a real floating"):
+        MergePipeline(store, WrongFirst()).run(tmp_path / "out.rmb")
 
 
 class NeedsData(Merger, frozen=True):
