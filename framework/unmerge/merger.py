@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,9 @@ class MergeContext:
 
     def __post_init__(self) -> None:
         ordered = {name: float(self.weights[name]) for name in sorted(self.weights)}
+        for name, weight in ordered.items():
+            if not math.isfinite(weight):
+                raise ConfigError(f'the weight of "{name}" is {weight}, expected a finite number')
         object.__setattr__(self, "weights", MappingProxyType(ordered))
         if self.block_rows is not None and self.block_rows < 1:
             raise ConfigError(f"block_rows is {self.block_rows}, expected at least 1")

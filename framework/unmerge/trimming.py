@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from pydantic import Field
 from unmerge.elementwise import Block, Blocks, ElementwiseMerger
 from unmerge.kernels.sparsify import COUNTERS, Cut, Entries, largest_magnitudes
 from unmerge.merger import Capabilities, MergeContext
+from unmerge.stack import ModuleShape
 
 __all__ = ["Scope", "TrimmingMerger"]
 
@@ -42,6 +43,18 @@ class TrimmingMerger(ElementwiseMerger, frozen=True, extra="forbid"):
         """Return those of the blocks, and the counters that find the cuts."""
         counters = 0 if self.density == 1 else (adapters + 2) * 8 * COUNTERS
         return super().matrix_bytes(adapters, rows, cols) + counters
+
+    def advise(self, shapes: Sequence[ModuleShape]) -> list[str]:
+        """Say where the density keeps not a single entry."""
+        if self.scope == "model" or self.space != "delta":
+            return []
+        empty = [s for s in shapes if int(self.density * s.d_out * s.d_in) == 0]
+        if not empty:
+            return []
+        return [
+            f"density {self.density:g} keeps no entry of {len(empty)} modules, such as "
+            f"{empty[0].path}: their result is zero"
+        ]
 
     def measure(self, blocks: Blocks, context: MergeContext) -> Any:  # noqa: ARG002
         """Return the cut of every adapter, by name."""

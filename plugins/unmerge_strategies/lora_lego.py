@@ -104,10 +104,10 @@ class LoraLego(Merger, frozen=True):
     def predict(self, shape: ModuleShape) -> OutputSize:
         """Return the elements of an adapter of rank k, or of all units where they are fewer.
 
-        Exact but where adapters of weight 0 leave fewer than k units.
+        The most there can be: adapters of weight 0 may leave fewer than k units.
         """
         rank = min(self._count(shape), sum(shape.ranks))
-        return OutputSize(shared=rank * (shape.d_out + shape.d_in))
+        return OutputSize(shared=rank * (shape.d_out + shape.d_in), at_most=True)
 
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return float64 units, their reflectors and core, and the merged adapter."""

@@ -22,6 +22,7 @@ from stacks import (
 )
 from unmerge.adapter import Factors
 from unmerge.errors import ConfigError, NonFiniteError
+from unmerge.stack import ModuleShape
 from unmerge_bundle.encodings import FactorsEncoding
 from unmerge_strategies import Ties
 
@@ -292,3 +293,11 @@ def test_the_predicted_size_is_the_size() -> None:
     for merger in (Ties(), Ties(space="factors")):
         stored = stored_elements(merge(merger, merging)["layer.0"])
         assert merger.predict(shape).total == stored
+
+
+def test_a_density_that_keeps_nothing_is_pointed_out() -> None:
+    small, large = ModuleShape("m.0", 2, 2, ("a",), (1,)), ModuleShape("m.1", 9, 9, ("a",), (1,))
+    [line] = Ties(density=0.2).advise([small, large])
+    assert line == "density 0.2 keeps no entry of 1 modules, such as m.0: their result is zero"
+    assert Ties(density=0.25).advise([small, large]) == []
+    assert Ties(density=0.2, scope="model").advise([small, large]) == []

@@ -46,7 +46,8 @@ def affine_basis(points: torch.Tensor, size: int) -> AffineBasis:
     Returns:
         Float64 tensors on the device of `points`. Where the points span fewer than p directions,
         the rest of the basis is arbitrary (and deterministic), with coefficients of rounding size.
-        A position's bits do not depend on the other positions.
+        A position's bits do not depend on the other positions, but for one that is alone in the
+        last block of 2048: libraries multiply a batch of one another way.
 
     Raises:
         NonFiniteError: Products of the points exceed float64.
