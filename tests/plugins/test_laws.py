@@ -144,10 +144,3 @@ def test_inputs_are_not_written_to(merger: Merger, case: Case) -> None:
     merger.merge(stack, case.context())
     for tensor, copy in zip((stack.A, stack.B, stack.ranks, stack.scalings), before, strict=True):
         assert torch.equal(tensor, copy)
-
-
-@pytest.mark.parametrize("merger", STRATEGIES, ids=str)
-def test_global_randomness_is_left_alone(merger: Merger) -> None:
-    state = torch.get_rng_state()
-    merge(merger, collection())
-    assert torch.equal(torch.get_rng_state(), state)
