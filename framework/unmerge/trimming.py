@@ -51,10 +51,9 @@ class TrimmingMerger(ElementwiseMerger, frozen=True, extra="forbid"):
         empty = [s for s in shapes if int(self.density * s.d_out * s.d_in) == 0]
         if not empty:
             return []
-        return [
-            f"density {self.density:g} keeps no entry of {len(empty)} modules, such as "
-            f"{empty[0].path}: their result is zero"
-        ]
+        first = empty[0].path
+        line = f"density {self.density:g} keeps no entry of {len(empty)} modules, such as {first}"
+        return [f"{line}: their result is zero"]
 
     def measure(self, blocks: Blocks, context: MergeContext) -> Any:  # noqa: ARG002
         """Return the cut of every adapter, by name."""

@@ -168,7 +168,7 @@ def test_the_schema_of_a_wrapper_names_the_strategies_it_takes() -> None:
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(weight: float) -> None:
-    with pytest.raises(ConfigError, match='the weight of "sql" is (nan|inf)'):
+    with pytest.raises(ConfigError, match=r'the weight of "sql" is (nan|inf)'):
         MergeContext(weights={"sql": weight})
 
 
