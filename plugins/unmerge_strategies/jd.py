@@ -114,9 +114,9 @@ class Jd(ReversibleMerger, frozen=True):
         """Return float64 frames, results, and several copies of the cores."""
         total, count = sum(shape.ranks), len(shape.ranks)
         core = min(total, shape.d_out) * min(total, shape.d_in)
-        candidates = (count * min(total, shape.d_out, shape.d_in)) ** 2 if self.diagonal else 0
-        directions = max(self._sizes(shape)) * core if self.diagonal else 0
-        return 8 * (4 * shape.elements + 6 * count * core + 2 * candidates + 3 * directions)
+        candidates = count * min(total, shape.d_out, shape.d_in) if self.diagonal else 0
+        directions = max(self._sizes(shape)) * (core + candidates) if self.diagonal else 0
+        return 8 * (4 * shape.elements + 8 * count * core + 3 * directions)
 
     def _sizes(self, shape: ModuleShape) -> tuple[int, int]:
         """Return the number of columns of U and of rows of V."""

@@ -145,14 +145,14 @@ def _pivoted_directions(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor
     U, S, Vh = torch.linalg.svd(matrices, full_matrices=False)
     X, Y = _side_by_side(U), _side_by_side(Vh.mT)  # (a, candidates), (b, candidates)
     sigma = S.reshape(-1)
-    gram = (X.T @ X) * (Y.T @ Y) * (sigma[:, None] * sigma)
-    left = gram.diagonal().clone()
+    left = sigma.square()  # the diagonal of the Gram matrix of σ_c x_c y_cᵀ
     rows: list[torch.Tensor] = []
     chosen: list[int] = []
     for _ in range(rank):
         pivot = int(left.argmax())
         chosen.append(pivot)
-        row = gram[pivot].clone()
+        # Its row of the Gram matrix alone: the whole has a row for every candidate.
+        row = (X.T @ X[:, pivot]) * (Y.T @ Y[:, pivot]) * (sigma * sigma[pivot])
         for previous in rows:
             row -= previous[pivot] * previous
         if left[pivot] > 0:

@@ -39,10 +39,11 @@ def quantise(matrix: torch.Tensor, *, bits: int, group_size: int) -> QuantisedMa
     if not bool(torch.isfinite(matrix).all()):
         raise NonFiniteError("a matrix to be quantised holds NaN or infinity; check the adapters")
     rows, columns = matrix.shape
-    groups = -(-columns // group_size)
-    padded = matrix.new_zeros(rows, groups * group_size, dtype=torch.float64)
+    width = min(group_size, columns)  # a larger group is one that the row does not fill
+    groups = -(-columns // width)
+    padded = matrix.new_zeros(rows, groups * width, dtype=torch.float64)
     padded[:, :columns] = matrix
-    grouped = padded.view(rows, groups, group_size)
+    grouped = padded.view(rows, groups, width)
     scales = _rounded(grouped.abs().amax(dim=2) / (2 ** (bits - 1) - 1))
     # A group of zeros is divided by one instead of by zero.
     divisors = torch.where(scales > 0, scales, 1.0)
@@ -63,7 +64,8 @@ def dequantise(quantised: QuantisedMatrix[torch.Tensor]) -> torch.Tensor:
     """
     integers = _unpack(quantised.codes, quantised.bits, quantised.columns).to(torch.int16)
     integers -= 2 ** (quantised.bits - 1)
-    scales = quantised.scales.repeat_interleave(quantised.group_size, dim=1)
+    width = min(quantised.group_size, quantised.columns)
+    scales = quantised.scales.repeat_interleave(width, dim=1)
     return integers.to(scales.dtype) * scales[:, : quantised.columns]
 
 
