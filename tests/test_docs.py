@@ -138,7 +138,7 @@ def test_the_package_of_the_guide_passes_its_own_tests(
 
 def test_the_mergers_of_the_guide_merge_as_they_say(tmp_path: Path) -> None:
     blocks = code_blocks(GUIDE, "python")
-    layerwise, surveying, elementwise, reversible = (
+    layerwise, surveying, elementwise, basis, reversible = (
         _module(program, f"guide_{number}")
         for number, program in enumerate([blocks[0], *blocks[2:]])
     )
@@ -167,6 +167,7 @@ def test_the_mergers_of_the_guide_merge_as_they_say(tmp_path: Path) -> None:
         ({"method": "acme.equal_norms", "norm": 2.0}, (2.0 * deltas / norms).sum(dim=0)),
         (surveying.EqualModelNorms(), (deltas / model_norms).sum(dim=0)),
         (elementwise.SignMajority(), torch.where(agree, deltas.mean(dim=0), 0.0)),
+        (basis.OutputBasis(inner={"method": "average"}), deltas.mean(dim=0)),
     ):
         out = tmp_path / "merged.rmb"
         MergePipeline(store, merger, registry=registry).run(out, overwrite=True)
@@ -181,7 +182,8 @@ def test_the_mergers_of_the_guide_merge_as_they_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "name"), [(2, "EqualModelNorms"), (3, "SignMajority"), (4, "Hosvd")]
+    ("block", "name"),
+    [(2, "EqualModelNorms"), (3, "SignMajority"), (4, "OutputBasis"), (5, "Hosvd")],
 )
 def test_the_mergers_of_the_guide_pass_the_kit(block: int, name: str) -> None:
     program = code_blocks(GUIDE, "python")[block]
@@ -189,7 +191,7 @@ def test_the_mergers_of_the_guide_pass_the_kit(block: int, name: str) -> None:
 
 
 def test_the_guide_is_as_short_as_it_says() -> None:
-    for number in (0, 2, 3, 4):
+    for number in (0, 2, 3, 4, 5):
         program = code_blocks(GUIDE, "python")[number]
         start = program.index("class ")
         lines = [line for line in program[start:].splitlines() if line.strip()]

@@ -262,13 +262,22 @@ class Merger(BaseModel, ABC, frozen=True, extra="forbid", strict=True):
     @model_validator(mode="before")
     @classmethod
     def _accept_recipe(cls, data: Any) -> Any:
-        """Accept the merger's own recipe, which names the method beside the fields."""
-        if not isinstance(data, Mapping) or "method" not in data:
+        """Accept the merger's own recipe, which names the method beside the fields.
+
+        A field that takes a merger and has one by default may be given by that one's fields alone.
+        """
+        if not isinstance(data, Mapping):
             return data
         name = getattr(cls, "method", None)
-        if data["method"] != name:
+        if data.get("method", name) != name:
             raise ValueError(f'the recipe is for method "{data["method"]}", not "{name}"')
-        return {key: value for key, value in data.items() if key != "method"}
+        fields = {key: value for key, value in data.items() if key != "method"}
+        for key, value in fields.items():
+            info = cls.model_fields.get(key)
+            usual = info.default if info is not None else None
+            if isinstance(value, Mapping) and isinstance(usual, dict) and "method" not in value:
+                fields[key] = {**value, "method": usual.get("method")} if value else value
+        return fields
 
     @model_serializer(mode="wrap")
     def _name_method(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

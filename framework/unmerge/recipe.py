@@ -73,6 +73,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"a recipe is a mapping, not {type(data).__name__}")
+        if "method" in data and "merger" not in data:
+            raise ConfigError(
+                'recipe: the strategy and its fields stand under "merger", as in '
+                f"merger: {{method: {data['method']}}}"
+            )
         context = {"registry": default_registry() if registry is None else registry}
         try:
             return cls.model_validate(dict(data), context=context)

@@ -180,8 +180,9 @@ def _check_merger(merger: Any, distribution: str, *, outsider: bool) -> None:
         raise PluginError(f"{distribution}: {merger.__name__} needs a `method` name and a `merge`")
     if outsider and "." not in merger.method:
         raise PluginError(
-            f'{distribution}: the strategy "{merger.method}" needs a name of the form '
-            '"vendor.name"; names without a dot are for those that come with unmerge'
+            f'the installed plugin {distribution} registers a strategy "{merger.method}", which '
+            'needs a name of the form "vendor.name"; names without a dot are for those that come '
+            "with unmerge. Nothing can be merged until the plugin is mended or uninstalled"
         )
 
 

@@ -71,8 +71,9 @@ class Quantize(ReversibleMerger, frozen=True):
     def workspace_bytes(self, shape: ModuleShape) -> int:
         """Return all codes and steps, and of one matrix float64 copies of its padded rows."""
         size = self.predict(shape)
-        groups = -(-max(shape.d_out, shape.d_in) // self.group_size)
-        return size.packed_bytes + 8 * size.total + 40 * max(shape.ranks) * groups * self.group_size
+        side = max(shape.d_out, shape.d_in)
+        padded = side + min(side, self.group_size)
+        return size.packed_bytes + 8 * size.total + 40 * max(shape.ranks) * padded
 
     def _quantise(self, module: StackModule) -> AdapterFactorsEncoding[torch.Tensor]:
         def quantised(matrix: torch.Tensor) -> QuantisedMatrix[torch.Tensor]:

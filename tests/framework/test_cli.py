@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from adapters import make_adapter, write_peft_directory
+from unmerge import AdapterStore, MergePipeline
 from unmerge.cli import cli
+from unmerge.cli.merge import doubts
+from unmerge_bundle import ModuleErrors
 from unmerge_strategies import Rmm
 
 SHAPES = {"layers.0.q": (12, 8), "layers.0.up": (20, 8)}
@@ -432,3 +436,42 @@ def test_codes_are_measured_in_bytes(zoo: Path, tmp_path: Path) -> None:
     report = json.loads(ok("merge", zoo, out, "--method", "quantize", "--set", "bits=4", "--json"))
     assert report["element_ratio"] is None
     assert report["byte_ratio"] == plan["byte_ratio"] < 1
+
+
+def test_of_several_adapters_appended_the_one_that_fails_is_named(
+    zoo: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.rmb"
+    ok("merge", zoo, out, "--method", "rmm")
+    for name, shapes in (("good", SHAPES), ("bad", {**SHAPES, "layers.9.q": (12, 8)})):
+        write_peft_directory(make_adapter(name, seed=7, modules=shapes), tmp_path / name)
+    refused = run("append", out, tmp_path / "good", tmp_path / "bad")
+    assert refused.exit_code == 1
+    assert '"bad" cannot be appended' in refused.stderr
+    assert "appended before it: good" in refused.stderr
+
+
+def test_an_inner_rule_is_tuned_by_its_fields_alone(zoo: Path, tmp_path: Path) -> None:
+    ok("merge", zoo, tmp_path / "o.rmb", "--method", "knots", "--set", "inner.density=0.5")
+    recipe = json.loads(ok("inspect", tmp_path / "o.rmb", "--json"))["recipe"]["merger"]
+    assert (recipe["inner"]["method"], recipe["inner"]["density"]) == ("ties", 0.5)
+
+
+def test_a_recipe_without_its_merger_level_is_explained(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat.yaml").write_text("method: ties\n")
+    refused = run("merge", zoo, tmp_path / "o.rmb", "--recipe", tmp_path / "flat.yaml")
+    assert refused.exit_code == 2
+    assert 'stand under "merger", as in merger: {method: ties}' in refused.stderr
+
+
+def test_what_came_out_badly_is_said(zoo: Path, tmp_path: Path) -> None:
+    report = MergePipeline(AdapterStore.open(zoo), Rmm(basis_size=1)).run(tmp_path / "one.rmb")
+    far = {"sql": {path: ModuleErrors(factors=1.0, delta=1.1) for path in SHAPES}}
+    [line] = doubts(replace(report, errors={**report.errors, **far}))
+    assert line == "sql: the error is 1 or more, so that no adapter at all would be nearer"
+    assert doubts(report) == []
+    options = ("--set", "max_iterations=1", "--set", "mu=1e-6")
+    said = ok("merge", zoo, tmp_path / "l.rmb", "--method", "lore", *options)
+    assert "had not converged" in said
+    said = ok("merge", zoo, tmp_path / "r.rmb", "--method", "rmm", "--set", "error=0.001")
+    assert "it saves nothing" in said

@@ -16,6 +16,7 @@ from unmerge.arrays import to_numpy
 from unmerge.cli.output import (
     command,
     error_text,
+    fact_lines,
     mean_error,
     print_json,
     print_table,
@@ -23,10 +24,10 @@ from unmerge.cli.output import (
     say,
     size,
 )
-from unmerge.errors import ConfigError
+from unmerge.errors import ConfigError, IncompatibleAdaptersError
 from unmerge.readers import read_adapter
 from unmerge.store import AdapterStore
-from unmerge_bundle import Appended, Depth, SavedAdapter, VerifyReport
+from unmerge_bundle import Appended, BundleError, Depth, SavedAdapter, VerifyReport
 from unmerge_bundle.arrays import FloatDtype
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -88,6 +89,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     say(f"modules     {len(document.modules)}, stored as {document.store_dtype}")
     say(f"generation  {document.number} of {len(opened.generations)}")
     say(f"size        {size(sizes.total)}, {elements} elements in encodings")
+    for line in fact_lines([module.facts for module in document.modules]):
+        say(line)
     if not opened.restores:
         print_table(
             ("source", "weight", "digest"),
@@ -212,10 +215,11 @@ def restore(
             }
         )
         return
+    reduced = f", before the reduction to rank {rank}" if saved.truncation > 0 else ""
     say(
         f"restored {name} to {directory}: {len(errors)} modules, {len(restored.verbatim)} verbatim "
         f"tensors; relative error of the delta {error_text(fmean([e.delta for e in errors]))} on "
-        f"average, {error_text(largest)} at most"
+        f"average, {error_text(largest)} at most{reduced}"
     )
     if saved.rounding > 0:
         say(
@@ -277,14 +281,15 @@ def append(
     """Append adapters to a reversible bundle, each as a new generation.
 
     Each is fitted to what the bundle shares, which stays as it is; the error that leaves it is
-    printed. What was in the bundle comes back as before.
+    printed. What was in the bundle comes back as before. Where one cannot be appended, those before
+    it have been; the error names both.
     """
     if name is not None and len(adapters) > 1:
         raise ConfigError(f"--name names one adapter, but {len(adapters)} are given")
     before = unmerge_bundle.open(bundle)
-    usual = max(
-        (fmean([e.delta for e in before.errors(n).values()]) for n in before.adapters), default=0.0
-    )
+    # Those the shared tensors were made for; appended ones may be anywhere.
+    merged = [entry.name for entry in before.generation.adapters if entry.generation == 1]
+    usual = max((fmean([e.delta for e in before.errors(n).values()]) for n in merged), default=0.0)
     read = []
     appended: dict[str, Appended] = {}
     with progress_bar() as progress:
@@ -294,7 +299,13 @@ def append(
             read.append(read_adapter(path, name=name))
         for done, adapter in enumerate(read):
             progress("append", done, len(read))
-            appended[adapter.name] = append_to_bundle(bundle, adapter, message=message)
+            try:
+                appended[adapter.name] = append_to_bundle(bundle, adapter, message=message)
+            except BundleError as error:
+                done_before = f" (appended before it: {', '.join(appended)})" if appended else ""
+                raise IncompatibleAdaptersError(
+                    f'"{adapter.name}" cannot be appended: {error}{done_before}'
+                ) from error
     if as_json:
         print_json(
             {
@@ -326,8 +337,8 @@ def append(
 def _say_truncation(saved: SavedAdapter) -> None:
     if saved.truncation > 0:
         say(
-            f"the reduction to a rank cut off {error_text(saved.truncation)} of a delta at most "
-            "(relative, largest module)"
+            f"the reduction to a rank took the deltas written away from those by "
+            f"{error_text(saved.truncation)} at most (relative, largest module)"
         )
 
 

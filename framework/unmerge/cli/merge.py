@@ -13,6 +13,7 @@ import click
 from unmerge.cli.output import (
     command,
     error_text,
+    fact_lines,
     mean_error,
     print_json,
     print_table,
@@ -171,12 +172,15 @@ def merge(
         say(f"note: {warning}")
     say(
         f"wrote {out}: {len(report.plan.adapters)} adapters, {len(report.plan.modules)} modules, "
-        f"{size(report.total_bytes)}; {_kept(report.element_ratio, report.byte_ratio)}"
+        f"{size(report.total_bytes)} with manifest and verbatim tensors; tensors of the merge are "
+        f"{_kept(report.element_ratio, report.byte_ratio)}"
     )
     if any(weight != 1 for weight in report.plan.context.weights.values()):
         say(f"weights: {_weighted(report.plan)}")
-    for line in _fact_lines(report):
+    for line in fact_lines(list(report.facts.values())):
         say(line)
+    for line in doubts(report):
+        say(f"note: {line}")
     if report.errors:
         print_table(
             ("adapter", "error of the delta: mean", "largest", "error of the factors: mean"),
@@ -202,7 +206,8 @@ def merge(
     if report.rounding > _LARGE_ROUNDING:
         say("note: that is much; --dtype float32 avoids it")
     if report.full_rank:
-        say(f"next: unmerge export {out} merged/ --rank 32  (the result has full rank)")
+        largest = max(rank for shape in report.plan.modules for rank in shape.ranks)
+        say(f"next: unmerge export {out} merged/ --rank {largest}  (the result has full rank)")
     else:
         say(f"next: unmerge export {out} merged/")
 
@@ -239,10 +244,10 @@ def _recipe(options: dict[str, Any]) -> Recipe:
     try:
         return Recipe.from_data({"merger": merger, **given})
     except ConfigError as error:
-        raise ConfigError(
-            f"{str(error).removeprefix('recipe: ')}; `unmerge methods {options['method']}` shows "
-            "the fields"
-        ) from error
+        problem = str(error).removeprefix("recipe: ")
+        hint = f"; `unmerge methods {options['method']}` shows the fields"
+        outer = problem.startswith("merger") and not problem.startswith("merger.inner.")
+        raise ConfigError(problem + (hint if outer else "")) from error
 
 
 def _assign(merger: dict[str, Any], assignment: str) -> None:
@@ -367,17 +372,28 @@ def _kept(elements: float | None, nbytes: float | None) -> str:
     return ", ".join([*parts, f"{ratio(nbytes)} of {whose} bytes"])
 
 
-def _fact_lines(report: RunReport) -> list[str]:
-    """Return one line per fact: its range over the modules, or its one value."""
-    by_name: dict[str, list[float]] = {}
-    for facts in report.facts.values():
-        for name, value in facts.items():
-            by_name.setdefault(name, []).append(value)
+def doubts(report: RunReport) -> list[str]:
+    """Return what a user should look at once the merge is done, one line each."""
     lines = []
-    for name, values in sorted(by_name.items()):
-        low, high = f"{min(values):.4g}", f"{max(values):.4g}"
-        spread = low if low == high else f"{low} to {high}, {fmean(values):.4g} on average"
-        lines.append(f"{name.replace('_', ' ')}: {spread} ({len(values)} modules)")
+    started = [facts["converged"] for facts in report.facts.values() if "converged" in facts]
+    if stopped := started.count(0):
+        lines.append(
+            f"{stopped} of {len(started)} modules had not converged when their iterations ended; "
+            "raise max_iterations or tolerance"
+        )
+    if report.errors and report.plan.byte_ratio is None and report.byte_ratio >= 1:
+        lines.append(
+            f"the bundle holds {ratio(report.byte_ratio)} of the adapters' bytes: it saves nothing"
+        )
+    worse = [
+        name
+        for name, errors in sorted(report.errors.items())
+        if fmean([e.delta for e in errors.values()]) >= 1
+    ]
+    if worse:
+        lines.append(
+            f"{', '.join(worse)}: the error is 1 or more, so that no adapter at all would be nearer"
+        )
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
@@ -154,6 +154,20 @@ def mean_error(values: Sequence[float | None]) -> str:
     """
     known = [value for value in values if value is not None]
     return error_text(fmean(known) if known and len(known) == len(values) else None)
+
+
+def fact_lines(modules: Iterable[Mapping[str, float]]) -> list[str]:
+    """Return one line per fact of a strategy: its range over the modules, or its one value."""
+    by_name: dict[str, list[float]] = {}
+    for facts in modules:
+        for name, value in facts.items():
+            by_name.setdefault(name, []).append(value)
+    lines = []
+    for name, values in sorted(by_name.items()):
+        low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+        spread = low if low == high else f"{low} to {high}, {fmean(values):.4g} on average"
+        lines.append(f"{name.replace('_', ' ')}: {spread} ({len(values)} modules)")
+    return lines
 
 
 def _finite(data: Any) -> Any:

@@ -85,10 +85,12 @@ def _draw(analysis: Analysis, suffix: str) -> bytes:
         left, right = figure.subplots(1, 2)
         # The diagonal is 1, and next to it most pairs would have one colour.
         widest = float(analysis.cosines.triu(1).abs().max()) or 1.0
+        others = analysis.cosines.clone()
+        others.diagonal().fill_(float("nan"))
         _heat_map(
             left,
-            analysis.cosines,
-            "cosine between adapters, whole model",
+            others,
+            f"cosine between adapters, whole model (full colour: {widest:.2g})",
             columns=names,
             rows=names,
             colours=("RdBu_r", -widest, widest),

@@ -25,11 +25,10 @@ class RankChoice:
     error: float | None = None
 
     def __post_init__(self) -> None:
-        if sum(choice is not None for choice in (self.rank, self.energy, self.error)) > 1:
-            raise ValueError(
-                f"rank {self.rank}, energy {self.energy} and error {self.error} are alternatives; "
-                "give at most one"
-            )
+        choices = {"rank": self.rank, "energy": self.energy, "error": self.error}
+        given = [f"{name} {value}" for name, value in choices.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are alternatives; give at most one")
 
     @property
     def tail(self) -> float | None:

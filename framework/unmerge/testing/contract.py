@@ -37,6 +37,15 @@ def _registered(merger: Merger) -> str | None:
 
 
 @law()
+def the_name_is_its_own(merger: Merger) -> None:
+    """A strategy from outside has a name of the form `vendor.name`."""
+    ours = type(merger).__module__.partition(".")[0] == "unmerge_strategies"
+    vendor, dot, name = merger.method.partition(".")
+    if not ours and not (vendor and dot and name):
+        raise Violation("method", 'a name of the form "vendor.name"', f'"{merger.method}"')
+
+
+@law()
 def recipe_survives_json(merger: Merger) -> None:
     """A merger's recipe is plain JSON data that builds an equal merger."""
     recipe = merger.recipe()
@@ -352,6 +361,7 @@ def mixed_ranks_are_refused(merger: Merger) -> None:
 
 
 CHECKS = (
+    the_name_is_its_own,
     recipe_survives_json,
     registry_builds_it,
     wrong_recipes_are_refused,

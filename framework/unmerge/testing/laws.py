@@ -118,7 +118,14 @@ def scaling_enters_once(merger: Merger) -> None:
 @law(declares("gauge_invariant"), needs_no_activations)
 def factoring_is_irrelevant(merger: Merger) -> None:
     """`(B G, G⁻¹ A)` is the same adapter as `(B, A)`, where `gauge_invariant` is declared."""
-    collections = [cases.exact(), random_collection("exact deltas", values="integer", seed=20)]
+    collections = [
+        cases.exact(),
+        random_collection("exact deltas", values="integer", seed=20),
+        # More rank than most defaults keep, so that what a rule leaves out is looked at too.
+        random_collection(
+            "exact deltas of rank 24", ranks=(24,) * 3, d_out=40, d_in=30, values="integer", seed=22
+        ),
+    ]
     if merger.capabilities.mixed_ranks:
         collections.append(
             random_collection(
@@ -370,7 +377,8 @@ def flipped_entries_flip_the_result(merger: Merger) -> None:
     )
     # A = 1, so that B is the delta and any of its entries can be flipped.
     dense = drawn.map(lambda _path, _name, f: replace(f, A=torch.eye(f.d_in)))
-    for collection in (dense, _opposed(dense)):
+    # An even number of adapters too: a middle one of four is not the middle of the signs flipped.
+    for collection in (dense, _opposed(dense), dense.without(next(iter(dense.modules)), "c")):
         [shape] = collection.shapes
         signs = torch.where(torch.arange(shape.d_out * shape.d_in) % 5 == 1, -1.0, 1.0)
         signs = signs.reshape(shape.d_out, shape.d_in)

@@ -121,6 +121,13 @@ def breaks(law: str, **fields: Any) -> Any:
     return register
 
 
+@breaks("the_name_is_its_own")
+class Dotless(Sum, frozen=True):
+    """Has a name as those that come with the library have."""
+
+    method = "median"
+
+
 @breaks("recipe_survives_json")
 class ForgetsItsName(Sum, frozen=True):
     def recipe(self) -> dict[str, Any]:
