@@ -29,7 +29,7 @@ demo: $(VENV)/.demo
 	$(BIN)/unmerge demo --out demo-output --overwrite
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

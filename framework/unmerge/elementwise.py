@@ -214,15 +214,34 @@ class Matrices:
 
     @classmethod
     def of_factors(
-        cls, factors: Sequence[Factors], module: StackModule, space: str, context: MergeContext
+        cls,
+        factors: Sequence[Factors],
+        module: StackModule,
+        space: str,
+        context: MergeContext,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> Matrices:
         """Return the products `scaling · B A` that a wrapper has as factors, one per adapter.
 
         They are multiplied when their rows are read, so that no matrix is ever held.
+
+        Args:
+            factors: One pair per adapter of the module.
+            module: The module they stand for.
+            space: What the wrapper calls the space.
+            context: The merge's.
+            dtype: What the products are rounded to; that of the factors unless given.
         """
         products = StackModule(module.path, module.adapters, tuple(factors))
         [matrices] = module_matrices(products, "delta", context)
-        return dataclasses.replace(matrices, part=space, space=space)
+        rows = matrices.rows
+        return dataclasses.replace(
+            matrices,
+            part=space,
+            space=space,
+            rows=rows if dtype is None else lambda start, stop: rows(start, stop).to(dtype),
+        )
 
     def blocks(self, height: int | None = None) -> Iterator[Block]:
         """Yield all rows in order, `height` at a time; by default what keeps a block small."""

@@ -65,19 +65,22 @@ class Knots(BasisMerger, frozen=True):
         """Return the aligned blocks. O((d_out + d_in) R² + R³), and N R d_in to read them all."""
         oriented = [_oriented(f, self.axis) for f in module.factors]
         basis = shared_basis([B @ _triangle(A).T for A, B in oriented], self.cutoff)
-        U, dtype = basis.U, module.factors[0].A.dtype
+        U = basis.U
         factors = []
         for (A, B), block in zip(oriented, basis.blocks, strict=True):
             # Uᵀ B and not the block itself, whose A would be orthonormal rows: a column of zeros
             # of A stays one.
             left = torch.where(block.any(dim=1, keepdim=True), U.T @ B, 0.0)
-            factors.append(Factors(A=A.to(dtype), B=left.to(dtype), scaling=1.0))
+            factors.append(Factors(A=A, B=left, scaling=1.0))
 
         def back(merged: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return (merged, U) if self.axis == "output" else (U.T, merged.T)
 
         return InBasis(
-            matrices=Matrices.of_factors(factors, module, "knots", context),
+            # Multiplied in float64: in an ill-conditioned gauge the products cancel.
+            matrices=Matrices.of_factors(
+                factors, module, "knots", context, dtype=module.factors[0].A.dtype
+            ),
             factors=back,
             facts={"rank": float(U.shape[1])},
         )
