@@ -122,6 +122,7 @@ def test_a_merger_that_needs_activations_is_not_merged() -> None:
         "recipe_survives_json",
         "wrong_recipes_are_refused",
         "declared_inputs_are_needed",
+        "the_name_is_its_own",
     }
     [reason] = {r.reason for r in results if "activations to give" in r.reason}
     assert reason == "declares needs_activations: the kit has no activations to give"
