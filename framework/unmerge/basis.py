@@ -90,6 +90,15 @@ class BasisMerger(Merger, frozen=True, extra="forbid"):
             merged.append(FactorsEncoding(A=A, B=B, facts=basis.facts))
         return merged
 
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        """Return enough for most bases: float64 factors, cores of R × R, and the rule's blocks.
+
+        R is Σ r_i; the matrices in the basis are taken to have R rows of the larger side.
+        """
+        total, side = sum(shape.ranks), max(shape.d_out, shape.d_in)
+        rule = 2 * self.inner.matrix_bytes(len(shape.ranks), min(total, side), side)
+        return 8 * (6 * shape.elements + 4 * total * total) + rule
+
     def lossless(self) -> Self | None:
         """Return it with every direction kept and a lossless inner rule."""
         inner = self.inner.lossless()

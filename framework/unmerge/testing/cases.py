@@ -18,6 +18,7 @@ from unmerge.testing.outcome import Result, total_norm
 from unmerge.testing.results import Violation
 
 __all__ = [
+    "context_of",
     "edge_cases",
     "exact",
     "general",
@@ -29,6 +30,8 @@ __all__ = [
     "regauged",
     "result_of",
     "scale_of",
+    "sizeable",
+    "surveyed",
     "tall",
     "with_missing_modules",
 ]
@@ -91,6 +94,12 @@ def many() -> AdapterCollection:
     return random_collection(
         "seven adapters", ranks=(2,) * 7, weights=(1, 0.5, 2, 1.5, 0.25, 3, 0.75), seed=18
     )
+
+
+@functools.cache
+def sizeable() -> AdapterCollection:
+    """Four adapters on a module large enough for its memory to be told from small change."""
+    return random_collection("a module of 300 × 260", ranks=(6,) * 4, d_out=300, d_in=260, seed=19)
 
 
 def one_adapter(scaling: float, name: str) -> AdapterCollection:

@@ -18,9 +18,16 @@ from unmerge.merger import Merger, OutputSize, Passes, Undeclared
 from unmerge.registry import default_registry
 from unmerge.stack import ModuleShape
 from unmerge.testing import cases
-from unmerge.testing.cases import merge_collection, refusal_of, result_of
+from unmerge.testing.cases import (
+    context_of,
+    merge_collection,
+    refusal_of,
+    result_of,
+    surveyed,
+)
 from unmerge.testing.check import declares, law, needs_no_activations
 from unmerge.testing.collections import AdapterCollection
+from unmerge.testing.memory import peak_bytes
 from unmerge.testing.outcome import Result, Results, all_tensors, deltas
 from unmerge.testing.results import Violation
 from unmerge_bundle.encodings import Encoding
@@ -158,6 +165,8 @@ def plan_is_told_the_truth(merger: Merger) -> str | None:
     """`predict` equals or bounds what is stored; `workspace_bytes`, `advise` answer in kind."""
     unknown = 0
     collections = [cases.general(), cases.with_missing_modules()]
+    # Zeros and copies too, of which a strategy may store less than of others.
+    collections += [c for c in cases.edge_cases() if refusal_of(merger, c) is None]
     if merger.capabilities.mixed_ranks:
         collections.append(cases.mixed())
     for collection in collections:
@@ -175,6 +184,34 @@ def plan_is_told_the_truth(merger: Merger) -> str | None:
                 continue
             _check_prediction(f"{collection.name}, module {shape.path}", predicted, results, shape)
     return f"predict() returns None for {unknown} modules" if unknown else None
+
+
+@law(needs_no_activations)
+def workspace_is_enough(merger: Merger) -> str | None:
+    """No more memory is taken than `workspace_bytes` says, besides what any merger is granted.
+
+    Granted are a copy of the module's float32 factors and the result in float64, by which a
+    pipeline predicts what a chunk takes. Tensors are counted, not what a library takes inside one
+    operation.
+    """
+    collection = cases.sizeable()
+    if (reason := refusal_of(merger, collection)) is not None:
+        return f"refuses {collection.name}: {reason}"
+    [stack], [shape] = collection.stacks(), collection.shapes
+    context = surveyed(merger, [stack], context_of(merger, collection))
+    output = merger.predict(shape)
+    stored = shape.d_out * shape.d_in if output is None else output.total + output.packed_bytes
+    promised = merger.workspace_bytes(shape)
+    taken = peak_bytes(lambda: merger.merge(stack, context))
+    granted = 4 * shape.elements + 8 * stored
+    # Scalars and indices are not worth counting.
+    if promised >= 0 and taken > promised + granted + 16_384:
+        raise Violation(
+            f"workspace_bytes, {collection.name}",
+            f"at most {promised} bytes besides {granted} for copy and result",
+            f"{taken} bytes of tensors at one time",
+        )
+    return None
 
 
 def _check_prediction(
@@ -368,6 +405,7 @@ CHECKS = (
     encodings_fit,
     edge_cases_give_finite_results,
     plan_is_told_the_truth,
+    workspace_is_enough,
     undeclared_inputs_are_untouched,
     declared_inputs_are_needed,
     a_survey_sees_the_modules,

@@ -68,6 +68,10 @@ class Sum(Merger, frozen=True):
     def predict(self, shape: ModuleShape) -> OutputSize | None:
         return OutputSize(shared=shape.d_out * shape.d_in)
 
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        # Enough for the mistakes made below, too: products and sums of all adapters in float64.
+        return 8 * (8 + 4 * len(shape.ranks)) * shape.d_out * shape.d_in
+
     def lossless(self) -> Merger | None:
         return self.model_copy(update={"scale": 1.0}) if self.is_lossless else None
 
@@ -167,6 +171,12 @@ class PredictsTheInput(Sum, frozen=True):
 class NeedsMinusOneByte(Sum, frozen=True):
     def workspace_bytes(self, shape: ModuleShape) -> int:
         return -1
+
+
+@breaks("workspace_is_enough")
+class NeedsNothing(Sum, frozen=True):
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        return 0
 
 
 @breaks("plan_is_told_the_truth")
@@ -577,6 +587,9 @@ class Hashing(Merger, frozen=True):
             )
             for m in stack
         ]
+
+    def workspace_bytes(self, shape):
+        return 8 * 6 * shape.d_out * shape.d_in
 
 
 FACTOR = EXPRESSION

@@ -9,7 +9,15 @@ from typing import ClassVar
 import pytest
 import torch
 
-from unmerge import Capabilities, DeltaEncoding, Encoding, FactorStack, MergeContext, Merger
+from unmerge import (
+    Capabilities,
+    DeltaEncoding,
+    Encoding,
+    FactorStack,
+    MergeContext,
+    Merger,
+    ModuleShape,
+)
 from unmerge.errors import ConfigError, UnmergeError
 from unmerge.testing import CheckFailedError, CheckResult, all_checks, check_merger
 from unmerge_strategies import Average
@@ -32,6 +40,9 @@ class Halved(Merger, frozen=True):
             [f.scaling * (f.B.double() @ f.A.double()) for f in module.factors] for module in stack
         ]
         return [DeltaEncoding(delta=self.scale * torch.stack(d).sum(dim=0)) for d in deltas]
+
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        return 8 * (4 + 2 * len(shape.ranks)) * shape.d_out * shape.d_in
 
     def lossless(self) -> Merger | None:
         return self

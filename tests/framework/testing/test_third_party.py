@@ -21,6 +21,7 @@ from unmerge import (
     FactorStack,
     MergeContext,
     Merger,
+    ModuleShape,
     Passes,
 )
 from unmerge.kernels import concatenate
@@ -125,6 +126,10 @@ class Projected(Merger, frozen=True):
             merged.append(DeltaEncoding(delta=total - along * base))
         return merged
 
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        """Three dense float64 matrices besides the concatenated factors."""
+        return 3 * 8 * (shape.d_out * shape.d_in + shape.elements)
+
 
 class Noisy(ElementwiseMerger, frozen=True):
     """A random adapter's entry, entry by entry, drawn by the library's counter."""
@@ -201,6 +206,9 @@ class Wrapped(Merger, frozen=True):
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         return self.inner.merge(stack, context)
+
+    def workspace_bytes(self, shape: ModuleShape) -> int:
+        return self.inner.workspace_bytes(shape)
 
 
 def test_a_wrapper_around_what_only_this_process_knows_is_skipped_elsewhere() -> None:
