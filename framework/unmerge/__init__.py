@@ -3,19 +3,11 @@
 from unmerge.adapter import Adapter, Factors
 from unmerge.appending import append
 from unmerge.basis import BasisMerger, InBasis
-from unmerge.elementwise import (
-    Block,
-    Blocks,
-    ElementwiseMerger,
-    InnerRule,
-    Matrices,
-    PartWeights,
-    SignEquivariantRule,
-    module_matrices,
-)
+from unmerge.elementwise import ElementwiseMerger, InnerRule, SignEquivariantRule
 from unmerge.errors import UnmergeError
 from unmerge.hookspecs import hookimpl
 from unmerge.linear import LinearMerger
+from unmerge.matrices import Block, Blocks, Matrices, PartWeights, module_matrices
 from unmerge.merger import (
     Absent,
     Capabilities,

@@ -10,7 +10,8 @@ from typing import Self
 import torch
 from pydantic import Field
 
-from unmerge.elementwise import Matrices, SignEquivariantRule
+from unmerge.elementwise import SignEquivariantRule
+from unmerge.matrices import Matrices
 from unmerge.merger import Capabilities, MergeContext, Merger, Passes
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge_bundle.encodings import Encoding, FactorsEncoding

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from unmerge.elementwise import Block, ElementwiseMerger, PartWeights
+from unmerge.elementwise import ElementwiseMerger
 from unmerge.kernels.lowrank import concatenate
+from unmerge.matrices import Block, PartWeights
 from unmerge.merger import Capabilities, MergeContext, OutputSize
 from unmerge.stack import FactorStack, ModuleShape
 from unmerge_bundle.encodings import Encoding, FactorsEncoding

@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from unmerge.elementwise import Block, Blocks, ElementwiseMerger
+from unmerge.elementwise import ElementwiseMerger
 from unmerge.kernels.sparsify import COUNTERS, Cut, Entries, largest_magnitudes
+from unmerge.matrices import Block, Blocks
 from unmerge.merger import Capabilities, MergeContext
 from unmerge.stack import ModuleShape
 

@@ -27,9 +27,10 @@ from stacks import (
     stored_elements,
 )
 from unmerge.adapter import Factors
-from unmerge.elementwise import Block, Blocks, ElementwiseMerger, PartWeights
+from unmerge.elementwise import ElementwiseMerger
 from unmerge.errors import CapabilityError, ConfigError, IncompatibleAdaptersError
 from unmerge.kernels import stream_key
+from unmerge.matrices import Block, Blocks, PartWeights
 from unmerge.merger import Capabilities, MergeContext, Passes
 from unmerge_bundle.encodings import DeltaEncoding, FactorsEncoding
 

@@ -24,8 +24,9 @@ from stacks import (
     stored_elements,
 )
 from unmerge.adapter import Factors
-from unmerge.elementwise import Block, ElementwiseMerger
+from unmerge.elementwise import ElementwiseMerger
 from unmerge.errors import ConfigError, NonFiniteError
+from unmerge.matrices import Block
 from unmerge.merger import Capabilities
 from unmerge.registry import default_registry
 from unmerge_bundle.encodings import FactorsEncoding

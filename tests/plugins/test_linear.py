@@ -19,8 +19,8 @@ from stacks import (
     stored_elements,
 )
 from unmerge.adapter import Factors
-from unmerge.elementwise import module_matrices
 from unmerge.errors import ConfigError
+from unmerge.matrices import module_matrices
 from unmerge.merger import Merger
 from unmerge.stack import FactorStack
 from unmerge_bundle.encodings import FactorsEncoding
