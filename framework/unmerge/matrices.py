@@ -15,7 +15,7 @@ from unmerge.errors import ConfigError
 from unmerge.kernels.counter import counter_uniform, stream_key
 from unmerge.kernels.lowrank import TILE_ROWS, delta_rows
 from unmerge.merger import Absent, MergeContext
-from unmerge.stack import StackModule
+from unmerge.stack import ModuleShape, StackModule
 
 __all__ = [
     "BLOCK_BYTES",
@@ -60,6 +60,11 @@ class PartWeights:
         values = tuple(_shared_out(w, part) for w in context.weights_of(adapters))
         total = sum(_shared_out(w, part) for w in context.weights.values())
         return cls(values=values, total=total, part=part, module=module)
+
+    @classmethod
+    def of_deltas(cls, shape: ModuleShape, context: MergeContext) -> PartWeights:
+        """Return the weights of a module's adapters as their deltas take them: as they are."""
+        return cls.of(shape.path, shape.adapters, "delta", context)
 
     def scale(self, value: float) -> float:
         """Return a factor of the whole result, as this matrix takes it."""
@@ -190,22 +195,6 @@ class Matrices:
     weights: PartWeights
     seed: int
     rows: Callable[[int, int], torch.Tensor]
-
-    @classmethod
-    def of(
-        cls, values: torch.Tensor, module: StackModule, space: str, context: MergeContext
-    ) -> Matrices:
-        """Return matrices that a wrapper has at hand, `values (N, rows, cols)`."""
-        return cls(
-            module=module.path,
-            adapters=module.adapters,
-            part=space,
-            space=space,
-            shape=(values.shape[1], values.shape[2]),
-            weights=PartWeights.of(module.path, module.adapters, space, context),
-            seed=context.seed,
-            rows=lambda start, stop: values[:, start:stop],
-        )
 
     @classmethod
     def of_factors(

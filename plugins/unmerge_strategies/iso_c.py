@@ -60,7 +60,7 @@ class IsoC(Merger, frozen=True):
         Raises:
             ConfigError: They sum to zero.
         """
-        self._weights(shape, context)
+        PartWeights.of_deltas(shape, context).renormalised(self.absent)
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         """Flatten the spectrum of every module's sum. O((d_out + d_in) R² + R³), R = Σ r_i.
@@ -71,7 +71,10 @@ class IsoC(Merger, frozen=True):
         """
         merged: list[Encoding[torch.Tensor]] = []
         for module in stack:
-            A, B = concatenate(module.factors, self._weights(module.shape, context))
+            A, B = concatenate(
+                module.factors,
+                PartWeights.of_deltas(module.shape, context).renormalised(self.absent),
+            )
             svd = svd_of_product(B, A, min(B.shape[0], *A.shape))
             rank = numerical_rank(svd.spectrum, STORED_PRECISION)
             kept = compact(svd, rank)
@@ -91,7 +94,3 @@ class IsoC(Merger, frozen=True):
         """Return float64 factors, reflectors and results, and the core with its SVD."""
         total = sum(shape.ranks)
         return 8 * (4 * shape.elements + 4 * min(total, shape.d_out) * min(total, shape.d_in))
-
-    def _weights(self, shape: ModuleShape, context: MergeContext) -> list[float]:
-        weights = PartWeights.of(shape.path, shape.adapters, "delta", context)
-        return weights.renormalised(self.absent)

@@ -45,8 +45,8 @@ class MmSvd(Merger, frozen=True):
 
     Source: "LoRA Merging with SVD: Understanding Interference and Preserving Performance",
     section 3.4 (ICML 2025 R2-FM workshop); `split="A"` is the paper's `B = U`, `A = Σ Vᵀ`,
-    `"B"` is PEFT's. PEFT up to 0.21 applies the scaling twice here; this applies it once. The
-    paper fixes r; `energy` and `error` are ours.
+    `"B"` is PEFT's. Scaling is applied once, as PEFT 0.21.2 does; earlier releases are reported to
+    apply it twice. The paper fixes r; `energy` and `error` are ours.
     """
 
     method: ClassVar[str] = "mm_svd"

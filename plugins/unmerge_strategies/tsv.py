@@ -74,7 +74,7 @@ class Tsv(Merger, frozen=True):
         Raises:
             ConfigError: They sum to zero.
         """
-        self._weights(shape, context)
+        PartWeights.of_deltas(shape, context).renormalised(self.absent)
 
     def merge(self, stack: FactorStack, context: MergeContext) -> list[Encoding[torch.Tensor]]:
         """Decorrelate every module's directions. O((d_out + d_in) K²), K = Σ k_i.
@@ -100,15 +100,11 @@ class Tsv(Merger, frozen=True):
         share = max(1, min(shape.d_out, shape.d_in) // len(shape.ranks))
         return min(rank, share if self.rank is None else self.rank)
 
-    def _weights(self, shape: ModuleShape, context: MergeContext) -> list[float]:
-        weights = PartWeights.of(shape.path, shape.adapters, "delta", context)
-        return weights.renormalised(self.absent)
-
     def _merge_module(
         self, module: StackModule, context: MergeContext
     ) -> FactorsEncoding[torch.Tensor]:
         shape = module.shape
-        weights = self._weights(shape, context)
+        weights = PartWeights.of_deltas(shape, context).renormalised(self.absent)
         left, values, right = [], [], []
         total = lost = 0.0
         for factors, weight in zip(module.factors, weights, strict=True):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tests.benchmarks.adapters import adapters, stacked
 from tests.benchmarks.row import Row, cpu_seconds
 
-from unmerge import Factors, FactorsEncoding, FactorStack, MergeContext
+from unmerge import Factors, FactorsEncoding
 from unmerge_strategies import Knots, Ties
 
 SIZE, COUNT, RANK, DENSITY = 2048, 8, 16, 0.2
@@ -31,23 +32,13 @@ def dense_knots(factors: list[Factors]) -> torch.Tensor:
 
 def benchmarks() -> list[Row]:
     """Merge 8 adapters of rank 16 on one 2048 × 2048 module."""
-    generator = torch.Generator().manual_seed(0)
-    names = [f"adapter{n}" for n in range(COUNT)]
-    factors = [
-        Factors(
-            A=torch.randn(RANK, SIZE, generator=generator) / SIZE**0.5,
-            B=torch.randn(SIZE, RANK, generator=generator) / SIZE**0.5,
-            scaling=1.0,
-        )
-        for _ in names
-    ]
-    stack = FactorStack.build([("m", list(zip(names, factors, strict=True)))], names)
-    context = MergeContext(weights=dict.fromkeys(names, 1.0))
+    factors = adapters(SIZE, COUNT, RANK)
+    stack, context = stacked(factors)
     merger = Knots(inner=Ties(density=DENSITY))
     ours_s, [encoding] = cpu_seconds(lambda: merger.merge(stack, context), repeats=5)
     assert isinstance(encoding, FactorsEncoding)
     # One run: it takes more than a minute.
-    peer_s, expected = cpu_seconds(lambda: dense_knots(factors), repeats=1)
+    peer_s, expected = cpu_seconds(lambda: dense_knots(list(factors.values())), repeats=1)
     got = encoding.B.float().double() @ encoding.A.float().double()
     return [
         Row(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tests.benchmarks.adapters import adapters, stacked
 from tests.benchmarks.row import Row, cpu_seconds
 
-from unmerge import Factors, FactorsEncoding, FactorStack, MergeContext
+from unmerge import FactorsEncoding
 from unmerge_strategies.lore import Lore
 
 SIZE, COUNT, RANK, MU, ITERATIONS = 1024, 8, 16, 0.01, 3
@@ -26,18 +27,8 @@ def dense_lore(thetas: list[torch.Tensor]) -> torch.Tensor:
 
 def benchmarks() -> list[Row]:
     """Merge 8 adapters of rank 16 on one 1024 × 1024 module, 3 iterations on either side."""
-    generator = torch.Generator().manual_seed(0)
-    names = [f"adapter{n}" for n in range(COUNT)]
-    factors = [
-        Factors(
-            A=torch.randn(RANK, SIZE, generator=generator) / SIZE**0.5,
-            B=torch.randn(SIZE, RANK, generator=generator) / SIZE**0.5,
-            scaling=1.0,
-        )
-        for _ in names
-    ]
-    stack = FactorStack.build([("m", list(zip(names, factors, strict=True)))], names)
-    context = MergeContext(weights=dict.fromkeys(names, 1.0))
+    factors = adapters(SIZE, COUNT, RANK)
+    stack, context = stacked(factors)
     merger = Lore(mu=MU, max_iterations=ITERATIONS, tolerance=0.0)
     ours_s, [encoding] = cpu_seconds(lambda: merger.merge(stack, context), repeats=5)
     assert isinstance(encoding, FactorsEncoding)
@@ -45,9 +36,11 @@ def benchmarks() -> list[Row]:
 
     # Of one run each: a run takes seconds and repeats to a few per cent.
     wide_s, wide = cpu_seconds(
-        lambda: dense_lore([f.B.double() @ f.A.double() for f in factors]), repeats=1
+        lambda: dense_lore([f.B.double() @ f.A.double() for f in factors.values()]), repeats=1
     )
-    narrow_s, narrow = cpu_seconds(lambda: dense_lore([f.B @ f.A for f in factors]), repeats=1)
+    narrow_s, narrow = cpu_seconds(
+        lambda: dense_lore([f.B @ f.A for f in factors.values()]), repeats=1
+    )
     what = (
         f"lore, one {SIZE} × {SIZE} module, {COUNT} adapters of rank {RANK}, "
         f"{ITERATIONS} iterations"

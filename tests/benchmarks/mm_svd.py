@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.benchmarks.adapters import adapters, stacked
 from tests.benchmarks.row import Row, cpu_seconds
 from torch import nn
 
-from unmerge import Factors, FactorsEncoding, FactorStack, MergeContext
+from unmerge import Factors, FactorsEncoding
 from unmerge.kernels.dense import leading_svd
 from unmerge.kernels.truncation import RankChoice
 from unmerge_strategies import MmSvd
@@ -40,19 +41,8 @@ def benchmarks() -> list[Row]:
 def _benchmark(
     size: int, best: Callable[[torch.Tensor], torch.Tensor], *, target: float, repeats: int
 ) -> Row:
-    generator = torch.Generator().manual_seed(0)
-    names = [f"adapter{n}" for n in range(COUNT)]
-    factors = {
-        name: Factors(
-            A=torch.randn(RANK, size, generator=generator) / size**0.5,
-            B=torch.randn(size, RANK, generator=generator) / size**0.5,
-            scaling=1.0,
-        )
-        for name in names
-    }
-
-    stack = FactorStack.build([("linear", list(factors.items()))], names)
-    context = MergeContext(weights=dict.fromkeys(names, 1.0))
+    factors = adapters(size, COUNT, RANK)
+    stack, context = stacked(factors)
     ours_s, [encoding] = cpu_seconds(lambda: MmSvd(rank=RANK).merge(stack, context), repeats=5)
     assert isinstance(encoding, FactorsEncoding)
 
@@ -78,7 +68,7 @@ def _benchmark(
 def _peer(size: int, factors: dict[str, Factors]) -> Callable[[], torch.Tensor]:
     """Return PEFT's merge of the same adapters, which gives the merged delta."""
     names = list(factors)
-    # Scaling 1: PEFT applies the scaling twice on this path, which would change its numbers.
+    # Scaling 1, so that the numbers do not depend on how often a release of PEFT applies it.
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["linear"], bias="none")
     model = get_peft_model(_OneLinear(size), config, adapter_name=names[0])
     for name in names[1:]:

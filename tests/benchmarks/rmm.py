@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tests.benchmarks.adapters import adapters, stacked
 from tests.benchmarks.row import Row, cpu_seconds
 
-from unmerge import AffineBasisEncoding, Factors, FactorStack, MergeContext
+from unmerge import AffineBasisEncoding
 from unmerge_strategies import Rmm
 
 SIZE, RANK, BASIS = 1024, 16, 3
@@ -25,23 +26,13 @@ def _svd(points: torch.Tensor) -> torch.Tensor:
 
 def _benchmark(count: int) -> Row:
     """Fit 3 basis adapters to `count` adapters of rank 16 on one 1024 × 1024 module."""
-    generator = torch.Generator().manual_seed(0)
-    names = [f"adapter{n:02d}" for n in range(count)]
-    factors = [
-        Factors(
-            A=torch.randn(RANK, SIZE, generator=generator),
-            B=torch.randn(SIZE, RANK, generator=generator),
-            scaling=1.0,
-        )
-        for _ in names
-    ]
-    stack = FactorStack.build([("m", list(zip(names, factors, strict=True)))], names)
-    context = MergeContext(weights=dict.fromkeys(names, 1.0))
+    factors = adapters(SIZE, count, RANK)
+    stack, context = stacked(factors)
     ours_s, [encoding] = cpu_seconds(lambda: Rmm(basis_size=BASIS).merge(stack, context), repeats=9)
     assert isinstance(encoding, AffineBasisEncoding)
 
-    columns = torch.stack([f.A.T for f in factors], dim=1)  # (d_in, N, r)
-    rows = torch.stack([f.B for f in factors], dim=1)  # (d_out, N, r)
+    columns = torch.stack([f.A.T for f in factors.values()], dim=1)  # (d_in, N, r)
+    rows = torch.stack([f.B for f in factors.values()], dim=1)  # (d_out, N, r)
     peer_s, theirs = cpu_seconds(lambda: torch.cat([_svd(columns), _svd(rows)]), repeats=9)
 
     A = encoding.mean_A + torch.einsum("npj,prj->nrj", encoding.coefficients_A, encoding.basis_A)

@@ -5,43 +5,30 @@ from __future__ import annotations
 import sys
 
 import torch
+from tests.benchmarks.adapters import adapters, stacked
 from tests.benchmarks.memory import extra_bytes, report
 from tests.benchmarks.row import Row, cpu_seconds
 
-from unmerge import DeltaEncoding, Factors, FactorStack, MergeContext
+from unmerge import DeltaEncoding, Factors
 from unmerge.kernels import delta_rows
 from unmerge_strategies import Ties
 
 SIZE, COUNT, RANK, DENSITY = 4096, 8, 16, 0.2
-NAMES = [f"adapter{n}" for n in range(COUNT)]
 
 
-def adapters() -> list[Factors]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        Factors(
-            A=torch.randn(RANK, SIZE, generator=generator) / SIZE**0.5,
-            B=torch.randn(SIZE, RANK, generator=generator) / SIZE**0.5,
-            scaling=1.0,
-        )
-        for _ in NAMES
-    ]
-
-
-def ours(factors: list[Factors]) -> torch.Tensor:
+def ours(factors: dict[str, Factors]) -> torch.Tensor:
     """Merge with equal weights before the vote, as mergekit's `ties` does."""
-    stack = FactorStack.build([("m", list(zip(NAMES, factors, strict=True)))], NAMES)
-    context = MergeContext(weights=dict.fromkeys(NAMES, 1.0))
+    stack, context = stacked(factors)
     merger = Ties(density=DENSITY, weigh_votes=True, zero_vote="positive")
     [encoding] = merger.merge(stack, context)
     assert isinstance(encoding, DeltaEncoding)
     return encoding.delta
 
 
-def sorting(factors: list[Factors]) -> torch.Tensor:
+def sorting(factors: dict[str, Factors]) -> torch.Tensor:
     """Merge as mergekit does: all deltas at once, each trimmed by the order of its magnitudes."""
     trimmed = []
-    for f in factors:
+    for f in factors.values():
         # Products in the same row grid: equal bits, so that both trim the same numbers.
         delta = delta_rows(f, 0, SIZE)
         order = torch.argsort(delta.abs().view(-1), descending=True)
@@ -60,7 +47,7 @@ def sorting(factors: list[Factors]) -> torch.Tensor:
 
 def benchmarks() -> list[Row]:
     """Merge 8 adapters of rank 16 on one 4096 × 4096 module."""
-    factors = adapters()
+    factors = adapters(SIZE, COUNT, RANK)
     ours_s, got = cpu_seconds(lambda: ours(factors))
     # One run: it takes half a minute.
     peer_s, expected = cpu_seconds(lambda: sorting(factors), repeats=1)
@@ -82,5 +69,8 @@ def benchmarks() -> list[Row]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    inputs, implementation = adapters(), {"ours": ours, "sorting": sorting}[sys.argv[1]]
+    inputs, implementation = (
+        adapters(SIZE, COUNT, RANK),
+        {"ours": ours, "sorting": sorting}[sys.argv[1]],
+    )
     report(lambda: implementation(inputs))

@@ -10,7 +10,7 @@ import oracles
 from stacks import ALL_CASES, Case, collection, random_factors, relative
 from unmerge.adapter import Factors
 from unmerge.errors import NonFiniteError
-from unmerge.kernels.cores import compact, core_stack, inner_products, numerical_rank
+from unmerge.kernels.cores import compact, core_stack, numerical_rank
 from unmerge.kernels.lowrank import svd_of_product
 
 
@@ -54,22 +54,6 @@ def test_sums_and_singular_values_are_those_of_the_deltas(case: Case) -> None:
     np.testing.assert_allclose(
         got, np.linalg.svd(total, compute_uv=False)[:kept], rtol=1e-11, atol=1e-13 * scale
     )
-
-
-@pytest.mark.parametrize("case", ALL_CASES, ids=str)
-def test_inner_products_are_those_of_the_deltas(case: Case) -> None:
-    flat = np.stack([delta.reshape(-1) for delta in deltas(case)])
-    gram = inner_products(having(case))
-    assert relative(gram.numpy(), flat @ flat.T) < 1e-13
-    assert torch.equal(gram, gram.T)
-
-
-def test_inner_products_by_hand() -> None:
-    # 2·[1, 3]ᵀ[1, 2] and −1·[2, 0]ᵀ[4, 1]: squares 4·10·5 = 200 and 4·17 = 68, product
-    # 2·(1·2)·(−1)·(4 + 2) = −24.
-    a = Factors(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[1.0], [3.0]]), scaling=2.0)
-    b = Factors(A=torch.tensor([[4.0, 1.0]]), B=torch.tensor([[2.0], [0.0]]), scaling=-1.0)
-    assert inner_products([a, b]).tolist() == [[200.0, -24.0], [-24.0, 68.0]]
 
 
 def test_factors_have_the_numerical_rank_and_fixed_signs() -> None:
@@ -125,5 +109,3 @@ def test_what_is_not_finite_is_refused(value: float, side: str) -> None:
     getattr(factors[1], side)[0, 0] = value
     with pytest.raises(NonFiniteError, match="a delta is not finite"):
         core_stack(factors)
-    with pytest.raises(NonFiniteError, match="inner product"):
-        inner_products(factors)

@@ -7,7 +7,6 @@ is orthonormal: sums, inner products, singular values and singular-value thresho
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,28 +84,6 @@ def core_stack(factors: Sequence[Factors]) -> CoreStack:
     if not bool(torch.isfinite(cores).all()):
         raise NonFiniteError("a delta is not finite; check factors and scalings")
     return CoreStack(left=left, right=right, cores=cores)
-
-
-def inner_products(factors: Sequence[Factors]) -> torch.Tensor:
-    """Return the Frobenius inner products `⟨Δ_i, Δ_j⟩` of the deltas, `(N, N)` float64, symmetric.
-
-    Args:
-        factors: One per adapter, of one `(d_out, d_in)`, of any ranks.
-
-    Raises:
-        NonFiniteError: A product is not finite.
-
-    Complexity: O((d_out + d_in) R²), R = Σ r_i; no delta and no basis is formed.
-    """
-    A, B = concatenate(factors, [1.0] * len(factors))
-    # ⟨B_i A_i, B_j A_j⟩ = Σ (B_iᵀ B_j) ⊙ (A_i A_jᵀ), block by block.
-    entries = (B.T @ B) * (A @ A.T)
-    starts = list(itertools.accumulate((f.rank for f in factors), initial=0))
-    blocks = [slice(*ends) for ends in itertools.pairwise(starts)]
-    gram = torch.stack([torch.stack([entries[i, j].sum() for j in blocks]) for i in blocks])
-    if not bool(torch.isfinite(gram).all()):
-        raise NonFiniteError("an inner product of deltas is not finite; check factors and scalings")
-    return (gram + gram.T) / 2
 
 
 def numerical_rank(spectrum: torch.Tensor, cutoff: float | None = None) -> int:
