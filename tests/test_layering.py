@@ -42,10 +42,10 @@ OURS = {
 # Inside `unmerge`, from the bottom up: a module may import those below it.
 LAYERS = (
     ("errors", "hookspecs"),
-    ("arrays",),
+    ("arrays", "plugins"),
     ("adapter",),
     ("appending",),
-    ("kernels", "readers"),
+    ("kernels", "formats"),
     ("stack", "store"),
     ("merger",),
     ("matrices", "registry"),

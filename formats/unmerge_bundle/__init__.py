@@ -40,6 +40,7 @@ from unmerge_bundle.errors import (
     WrongKindError,
 )
 from unmerge_bundle.fitting import Fit, fit_adapter
+from unmerge_bundle.kinds import LINEAR, check_kind, kernel_of
 from unmerge_bundle.measure import compare, measure, relative_errors
 from unmerge_bundle.model import (
     FORMAT_VERSION,
@@ -68,6 +69,7 @@ from unmerge_bundle.writer import BundleWriter, GenerationInfo
 
 __all__ = [
     "FORMAT_VERSION",
+    "LINEAR",
     "AdapterFactorsEncoding",
     "AdapterInBundleError",
     "AdapterNotInBundleError",
@@ -121,12 +123,14 @@ __all__ = [
     "WrongKindError",
     "append_adapter",
     "check_key",
+    "check_kind",
     "check_message",
     "check_module_path",
     "check_name",
     "compare",
     "dequantise",
     "fit_adapter",
+    "kernel_of",
     "measure",
     "open",
     "quantise",

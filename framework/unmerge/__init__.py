@@ -5,6 +5,7 @@ from unmerge.appending import append
 from unmerge.basis import BasisMerger, InBasis
 from unmerge.elementwise import ElementwiseMerger, InnerRule, SignEquivariantRule
 from unmerge.errors import UnmergeError
+from unmerge.formats import AdapterFormat, read_adapter
 from unmerge.hookspecs import hookimpl
 from unmerge.linear import LinearMerger
 from unmerge.matrices import Block, Blocks, Matrices, PartWeights, module_matrices
@@ -19,9 +20,9 @@ from unmerge.merger import (
 )
 from unmerge.pipeline import MergePipeline, RunReport
 from unmerge.plan import Plan
-from unmerge.readers import read_adapter
+from unmerge.plugins import get_plugin_manager
 from unmerge.recipe import Recipe
-from unmerge.registry import Registry, default_registry, get_plugin_manager
+from unmerge.registry import Registry, default_registry
 from unmerge.stack import FactorStack, ModuleShape, StackModule
 from unmerge.store import AdapterStore
 from unmerge.trimming import Scope, TrimmingMerger
@@ -40,6 +41,7 @@ __all__ = [
     "Absent",
     "Adapter",
     "AdapterFactorsEncoding",
+    "AdapterFormat",
     "AdapterStore",
     "AffineBasisEncoding",
     "BasisMerger",

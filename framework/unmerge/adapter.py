@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from unmerge.arrays import dtype_name
+from unmerge_bundle.kinds import LINEAR
 
 __all__ = ["Adapter", "Factors"]
 
@@ -22,11 +23,15 @@ class Factors:
         B: `(d_out, rank)`, likewise.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA; kept apart from the factors
             so that it enters exactly once.
+        kind: The layer the module is, see `unmerge_bundle.check_kind`. Factors of a convolution
+            are matrices here: A is `(rank, channels · kernel)`, B is `(d_out, rank)`. Those of an
+            embedding are A `(rank, tokens)` and B `(features, rank)`.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
+    kind: str = LINEAR
 
     @property
     def rank(self) -> int:
@@ -53,7 +58,9 @@ class Adapter:
         modules: Factors by module path (no `base_model.model.`, no `.weight`), sorted by path.
         verbatim: Tensors that are no low-rank update (task heads, trained biases), by the key
             they have in the source file, sorted.
-        config: Text of the source's configuration file, byte for byte, or "".
+        config: What the source says beside its tensors, as text. For PEFT that is
+            `adapter_config.json` byte for byte; for other formats a JSON object of the format's
+            own from which it can write the source again.
         format: Name of the format it was read from, "peft".
         base_model: Id of the base model, where the source names one.
         revision: Revision of the base model, where the source names one.
@@ -77,7 +84,8 @@ class Adapter:
         """
         total = hashlib.sha256()
         for path, factors in sorted(self.modules.items()):
-            total.update(f"module {path} {factors.scaling.hex()}\n".encode())
+            kind = "" if factors.kind == LINEAR else f" {factors.kind}"
+            total.update(f"module {path} {factors.scaling.hex()}{kind}\n".encode())
             _update(total, "A", factors.A)
             _update(total, "B", factors.B)
         for key, tensor in sorted(self.verbatim.items()):

@@ -22,8 +22,8 @@ import torch
 import unmerge_bundle
 from unmerge.errors import ConfigError
 from unmerge.execution import one_thread_per_task
+from unmerge.formats import read_adapter
 from unmerge.pipeline import MergePipeline, Progress, RunReport, silent
-from unmerge.readers import read_adapter
 from unmerge.store import AdapterStore
 
 __all__ = ["RESTORED", "DemoReport", "DemoRow", "default_zoo", "run_demo"]

@@ -43,6 +43,10 @@ class UnknownMergerError(PluginError, LookupError):
     """No registered strategy has that name."""
 
 
+class UnknownFormatError(PluginError, LookupError):
+    """No registered adapter format has that name."""
+
+
 class DuplicateMergerError(PluginError):
     """Two distributions register one strategy name."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from unmerge.formats import AdapterFormat
     from unmerge.merger import Merger
 
 PROJECT = "unmerge"
@@ -22,4 +23,13 @@ def unmerge_mergers() -> Iterable[type[Merger]]:  # type: ignore[empty-body]
 
     Returns:
         Concrete `Merger` classes. An outsider's `method` has the form `vendor.name`.
+    """
+
+
+@hookspec
+def unmerge_formats() -> Iterable[type[AdapterFormat]]:  # type: ignore[empty-body]
+    """Return the adapter formats this plugin can read, and perhaps write.
+
+    Returns:
+        Concrete `AdapterFormat` classes. An outsider's `format` has the form `vendor.name`.
     """

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from unmerge.errors import ConfigError, UnknownMergerError
+from unmerge.plugins import get_plugin_manager
 from unmerge.recipe import Recipe
-from unmerge.registry import Registry, get_plugin_manager
+from unmerge.registry import Registry
 from unmerge_strategies import Average, MmSvd, Rmm, TaskArithmetic
 
 RECIPES = [

@@ -11,7 +11,8 @@ from stacks import Result, SumRule
 from unmerge.errors import DuplicateMergerError, PluginError, UnknownMergerError
 from unmerge.hookspecs import hookimpl
 from unmerge.merger import MergeContext, Merger
-from unmerge.registry import Registration, Registry, default_registry, get_plugin_manager
+from unmerge.plugins import get_plugin_manager
+from unmerge.registry import Registration, Registry, default_registry
 from unmerge.stack import FactorStack
 from unmerge_strategies import Average, Rmm
 

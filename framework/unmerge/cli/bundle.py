@@ -25,7 +25,7 @@ from unmerge.cli.output import (
     size,
 )
 from unmerge.errors import ConfigError, IncompatibleAdaptersError
-from unmerge.readers import read_adapter
+from unmerge.formats import read_adapter
 from unmerge.store import AdapterStore
 from unmerge_bundle import Appended, BundleError, Depth, SavedAdapter, VerifyReport
 from unmerge_bundle.arrays import FloatDtype

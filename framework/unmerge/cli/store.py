@@ -10,7 +10,7 @@ import click
 
 from unmerge.cli.output import command, print_json, print_table, progress_bar, say, size
 from unmerge.errors import ConfigError
-from unmerge.readers import read_adapter
+from unmerge.formats import read_adapter
 from unmerge.store import AdapterInfo, AdapterStore
 
 # Text, not a path: a path would make one slash of the two in a URL.

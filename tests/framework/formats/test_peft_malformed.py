@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from adapters import MODULES, make_adapter, peft_config, peft_tensors, write_peft_directory
 from unmerge.errors import AdapterError, NonFiniteError, UnmergeError
-from unmerge.readers import read_peft
-from unmerge.readers.peft_config import parse_config
+from unmerge.formats import read_peft
+from unmerge.formats.peft_config import parse_config
 
 PATH = "layers.0.attn.q_proj"
 KEY_A = f"base_model.model.{PATH}.lora_A.weight"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,18 @@ import torch
 from safetensors import safe_open
 
 from unmerge.errors import AdapterError
-from unmerge.readers.base import excerpt
+from unmerge.formats.base import excerpt
 from unmerge_bundle.errors import BundleError
 from unmerge_bundle.jsontext import parse_object
 
-__all__ = ["load_pickled", "load_safetensors", "parse_json_object", "read_bytes"]
+__all__ = [
+    "Header",
+    "load_pickled",
+    "load_safetensors",
+    "parse_json_object",
+    "read_bytes",
+    "read_header",
+]
 
 # Real ones have a few thousand; nobody's adapter should be able to fill the memory.
 _MAX_SMALL_BYTES = 10_000_000
@@ -59,6 +68,44 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
         raise AdapterError(f"{message}; the file is damaged, get it again") from error
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says of itself.
+
+    Attributes:
+        tensors: What the header has for each tensor (`dtype`, `shape`, `data_offsets`), unchecked.
+        metadata: Its free text by key.
+        size: Bytes before the first tensor's data; offsets count from there.
+    """
+
+    tensors: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """Return the header of a safetensors file; names only are looked at, no tensor.
+
+    Raises:
+        AdapterError: It cannot be read, is cut off, is no JSON, or names one tensor twice, which
+            the safetensors library accepts.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = file.read(min(size, _MAX_HEADER_BYTES))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(header) < max(size, 1):
+        raise AdapterError(
+            f"{path}: no readable safetensors file: its header is said to have {size} bytes, "
+            f"{len(header)} are there; it is truncated or damaged, get it again"
+        )
+    tensors = parse_json_object(header, f"{path} (header)")
+    metadata = tensors.pop("__metadata__", {})
+    return Header(tensors, metadata if isinstance(metadata, dict) else {}, 8 + size)
+
+
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a safetensors file, by name, mapped from the file without a copy.
 
@@ -68,7 +115,7 @@ def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         AdapterError: The file is truncated or malformed, names a tensor twice, or holds a dtype
             that torch does not have.
     """
-    _check_header(path)
+    read_header(path)
     tensors = {}
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -130,22 +177,6 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
             )
         tensors[key] = value.detach()
     return tensors
-
-
-def _check_header(path: Path) -> None:
-    """Refuse a header that names one tensor twice, which the safetensors library accepts."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = file.read(min(size, _MAX_HEADER_BYTES))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if len(header) < max(size, 1):
-        raise AdapterError(
-            f"{path}: no readable safetensors file: its header is said to have {size} bytes, "
-            f"{len(header)} are there; it is truncated or damaged, get it again"
-        )
-    parse_json_object(header, f"{path} (header)")
 
 
 def _unreadable(path: Path, error: OSError) -> AdapterError:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from adapters import MODULES, TinyModel, make_adapter, peft_config, write_peft_directory
-from unmerge.readers import read_peft
+from unmerge.formats import read_peft
 
 pytestmark = [
     # PEFT's own, about patterns that match nothing and about initialisations tested on purpose.

@@ -12,12 +12,12 @@ import torch
 from unmerge.adapter import Adapter, Factors
 from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
-from unmerge.readers.base import AdapterReader, describe, excerpt
-from unmerge.readers.files import load_pickled, load_safetensors, parse_json_object, read_bytes
-from unmerge.readers.peft_config import LoraSettings, parse_config
+from unmerge.formats.base import AdapterFormat, describe, excerpt
+from unmerge.formats.files import load_pickled, load_safetensors, parse_json_object, read_bytes
+from unmerge.formats.peft_config import LoraSettings, parse_config
 from unmerge_bundle.names import check_key, check_module_path, check_name
 
-__all__ = ["EMBEDDING_MODULES", "REFUSED_TENSORS", "PeftReader", "read_peft"]
+__all__ = ["EMBEDDING_MODULES", "REFUSED_TENSORS", "PeftFormat", "read_peft"]
 
 CONFIG_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "adapter_model.safetensors"
@@ -60,8 +60,8 @@ _FACTOR_A = ".lora_A.weight"
 _FACTOR_B = ".lora_B.weight"
 
 
-class PeftReader(AdapterReader):
-    """Reads the directories that PEFT's `save_pretrained` writes; see `read_peft`."""
+class PeftFormat(AdapterFormat):
+    """The directories that PEFT's `save_pretrained` writes; see `read_peft`."""
 
     format: ClassVar[str] = "peft"
     looks_for: ClassVar[str] = f"a directory with {CONFIG_FILE} and {SAFETENSORS_FILE}"
@@ -134,7 +134,7 @@ def read_peft(directory: str | os.PathLike[str], *, name: str | None = None) -> 
         modules=modules,
         verbatim=dict(sorted(verbatim.items())),
         config=data.decode("utf-8"),
-        format=PeftReader.format,
+        format=PeftFormat.format,
         base_model=settings.base_model,
         revision=settings.revision,
         source=os.fspath(directory),
@@ -142,9 +142,9 @@ def read_peft(directory: str | os.PathLike[str], *, name: str | None = None) -> 
 
 
 def _check_place(place: Path) -> None:
-    if not PeftReader().recognises(place):
+    if not PeftFormat().recognises(place):
         raise AdapterError(
-            f"{place}: no PEFT adapter; looked for {PeftReader.looks_for}; "
+            f"{place}: no PEFT adapter; looked for {PeftFormat.looks_for}; "
             f"found {describe(place)}; pass the directory that the adapter was saved to"
         )
     if not (place / CONFIG_FILE).is_file():

@@ -14,8 +14,8 @@ import pytest
 from adapters import make_adapter, peft_config, write_peft_directory
 from unmerge.adapter import Adapter
 from unmerge.errors import AdapterError
-from unmerge.readers import read_adapter, read_peft
-from unmerge.readers.peft_config import parse_config
+from unmerge.formats import read_adapter, read_peft
+from unmerge.formats.peft_config import parse_config
 
 PREFIX = "base_model.model."
 KEY_A = f"{PREFIX}x.lora_A.weight"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from unmerge.errors import AdapterError, UnsupportedAdapterError
-from unmerge.readers.base import excerpt
+from unmerge.formats.base import excerpt
 
 __all__ = ["FIELDS", "ConfigField", "LoraSettings", "parse_config"]
 

@@ -1,4 +1,4 @@
-"""What every adapter reader provides, so that formats join without a change to `read_adapter`."""
+"""What an adapter format provides, so that formats join without a change to `read_adapter`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import BaseModel, ConfigDict
+
 from unmerge.adapter import Adapter
+from unmerge.errors import UnsupportedAdapterError
 
-__all__ = ["AdapterReader", "describe", "entries", "excerpt"]
+__all__ = ["AdapterFormat", "describe", "entries", "excerpt"]
 
 
-class AdapterReader(ABC):
-    """Reads adapters of one format. Readers hold no state and are built without arguments.
+class AdapterFormat(BaseModel, ABC):
+    """Reads adapters of one format, and writes them where it can.
+
+    A format is a frozen pydantic model: its fields are what reading needs to be told beside the
+    path, and every field has a default. Formats hold no state.
 
     Class attributes:
         format: The format's name, which becomes `Adapter.format`; outsiders use `vendor.name`.
-        looks_for: What the reader recognises, as it ends the sentence "looked for …".
+        looks_for: What the format recognises, as it ends the sentence "looked for …".
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: ClassVar[str]
     looks_for: ClassVar[str]
@@ -26,8 +34,8 @@ class AdapterReader(ABC):
     def recognises(self, path: Path) -> bool:
         """Return whether `path` holds an adapter of this format, whole or damaged.
 
-        Looks at names only and opens no file: a damaged adapter is recognised, so that `read` can
-        say what is wrong with it. Raises nothing.
+        Looks at names of files, and where these do not tell, at names in a file's header; at no
+        tensor. At most one format should recognise a path. Raises nothing.
         """
 
     @abstractmethod
@@ -35,14 +43,35 @@ class AdapterReader(ABC):
         """Return the adapter at `path`.
 
         Args:
-            path: A path the reader recognises.
+            path: A path the format recognises, or that the caller says is of this format.
             name: The adapter's name, or `None` to derive it from `path`.
 
         Raises:
             AdapterError: The adapter is malformed, or its name is not allowed.
-            UnsupportedAdapterError: It uses a feature that the reader refuses.
+            UnsupportedAdapterError: It uses a feature that the format's reader refuses.
             NonFiniteError: A tensor holds NaN or an infinity.
         """
+
+    def write(self, adapter: Adapter, directory: Path) -> None:
+        """Write the adapter into an empty directory, in this format.
+
+        What `read` took in is given back: every tensor under its name, with its shape, dtype and
+        bits, and the configuration. An adapter of another format is converted if nothing is lost:
+        reading what was written gives the same factors and scalings, bit for bit.
+
+        Args:
+            adapter: The adapter; its `format` says where it comes from.
+            directory: A directory that is there and empty.
+
+        Raises:
+            UnsupportedAdapterError: The format cannot hold something the adapter has; says what.
+            OSError: The disk refuses.
+        """
+        raise UnsupportedAdapterError(
+            f'adapter "{adapter.name}" cannot be written as {self.format} into {directory}: the '
+            "format can only be read; choose another one",
+            feature=self.format,
+        )
 
 
 def entries(path: Path) -> list[Path]:

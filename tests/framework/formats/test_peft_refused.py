@@ -15,9 +15,9 @@ from torch import nn
 
 from adapters import TinyModel, make_adapter, peft_config, peft_tensors, write_peft_directory
 from unmerge.errors import UnsupportedAdapterError
-from unmerge.readers import read_peft
-from unmerge.readers.peft import REFUSED_TENSORS
-from unmerge.readers.peft_config import FIELDS, parse_config
+from unmerge.formats import read_peft
+from unmerge.formats.peft import REFUSED_TENSORS
+from unmerge.formats.peft_config import FIELDS, parse_config
 
 
 def save(directory: Path, config: Any, model: nn.Module | None = None) -> Path:

@@ -1,0 +1,79 @@
+"""Reading adapters from where other tools left them: one door, one format each behind it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from unmerge.adapter import Adapter
+from unmerge.errors import AdapterError
+from unmerge.formats.base import AdapterFormat, describe, entries
+from unmerge.formats.peft import PeftFormat, read_peft
+from unmerge.formats.registry import FormatRegistration, Formats, default_formats
+
+__all__ = [
+    "BUILTIN_FORMATS",
+    "AdapterFormat",
+    "FormatRegistration",
+    "Formats",
+    "PeftFormat",
+    "default_formats",
+    "read_adapter",
+    "read_peft",
+]
+
+BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (PeftFormat,)
+"""The formats that come with the framework; its plugin registers them as any other would."""
+
+
+def read_adapter(
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    format: str | AdapterFormat | None = None,  # noqa: A002 - the field's word, as in `Adapter`
+    formats: Formats | None = None,
+) -> Adapter:
+    """Read the adapter at `path`, whatever its format.
+
+    Args:
+        path: Where the adapter is: a directory or a file.
+        name: The adapter's name; by default derived from `path` (a directory's own name).
+        format: The format, by name or built with its options; recognised unless given.
+        formats: The formats there are; all installed ones unless given.
+
+    Returns:
+        The adapter, its tensors mapped from the file where the format allows it.
+
+    Raises:
+        AdapterError: No format or several formats recognise `path`, or the adapter is malformed.
+        UnknownFormatError: There is no format of that name.
+        UnsupportedAdapterError: It uses a feature that is refused, see `docs/adapters.md`.
+        NonFiniteError: A tensor holds NaN or an infinity.
+    """
+    known = default_formats() if formats is None else formats
+    place = Path(path)
+    if isinstance(format, AdapterFormat):
+        return format.read(place, name)
+    if format is not None:
+        return known.build(format).read(place, name)
+    matching = known.recognising(place)
+    if len(matching) > 1:
+        several = ", ".join(sorted(candidate.format for candidate in matching))
+        raise AdapterError(
+            f"{path}: several formats recognise this adapter: {several}; say which it is "
+            "(`format=` in Python, --format on the command line)"
+        )
+    if not matching:
+        raise AdapterError(_nothing_found(os.fspath(path), place, known))
+    return matching[0].read(place, name)
+
+
+def _nothing_found(given: str, place: Path, known: Formats) -> str:
+    looked_for = [registration.format.looks_for for registration in known.values()]
+    wanted = "; or ".join(looked_for) or "nothing: no formats given"
+    found = describe(place)
+    message = f"{given}: no adapter here; looked for {wanted}; found {found}; "
+    inside = [entry.name for entry in entries(place) if known.recognising(entry)]
+    if inside:
+        return message + f"it holds adapters one level down, pass one of: {', '.join(inside)}"
+    return message + "pass the directory or file that the adapter was saved to"
