@@ -40,7 +40,7 @@ from unmerge_bundle.errors import (
     WrongKindError,
 )
 from unmerge_bundle.fitting import Fit, fit_adapter
-from unmerge_bundle.kinds import LINEAR, check_kind, kernel_of
+from unmerge_bundle.kinds import EMBEDDING, LINEAR, check_kernel, check_kind, kernel_of
 from unmerge_bundle.measure import compare, measure, relative_errors
 from unmerge_bundle.model import (
     FORMAT_VERSION,
@@ -68,6 +68,7 @@ from unmerge_bundle.verify import Depth, Problem, VerifyReport, verify
 from unmerge_bundle.writer import BundleWriter, GenerationInfo
 
 __all__ = [
+    "EMBEDDING",
     "FORMAT_VERSION",
     "LINEAR",
     "AdapterFactorsEncoding",
@@ -122,6 +123,7 @@ __all__ = [
     "VerifyReport",
     "WrongKindError",
     "append_adapter",
+    "check_kernel",
     "check_key",
     "check_kind",
     "check_message",

@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from unmerge_bundle.arrays import DTYPES, Array, FloatDtype, all_finite
 from unmerge_bundle.blob import BlobWriter, Spool, check_dtype
 from unmerge_bundle.errors import InvalidInputError, NonFiniteError, TensorMismatchError
-from unmerge_bundle.fields import Digest, ModulePath, Name, Positive, check_sorted
+from unmerge_bundle.fields import Digest, Kind, ModulePath, Name, Positive, check_sorted
 from unmerge_bundle.jsontext import canonical_bytes
+from unmerge_bundle.kinds import LINEAR
 from unmerge_bundle.model import (
     BLOB_MEDIA_TYPE,
     AdapterMetadata,
@@ -41,12 +42,13 @@ class InputModel(BaseModel):
 
 
 class RecordedModule(InputModel):
-    """One module of an adapter's original: path, rank, scaling and dtype of its factors."""
+    """One module of an adapter's original: path, rank, scaling and dtype of its factors, kind."""
 
     path: ModulePath
     rank: Positive
     source_scaling: float
     dtype: FloatDtype
+    kind: Kind = LINEAR
 
 
 class AdapterRecord(InputModel):

@@ -97,7 +97,7 @@ def append_adapter(
 
     Raises:
         RefitError: The bundle holds one merged result, or the adapter has a module the bundle has
-            not, another shape, or a rank that an affine basis cannot hold.
+            not, another kind or shape of one, or a rank that an affine basis cannot hold.
         AdapterInBundleError: The bundle holds an adapter of that name.
         BundleBusyError: Another writer is at work, or has changed the bundle meanwhile.
         InvalidInputError: The record, the factors or the message do not fit together, or the
@@ -186,6 +186,12 @@ def _check(
             path=where,
         )
     for module in record.modules:
+        if module.kind != entries[module.path].kind:
+            raise RefitError(
+                f"adapter {record.name!r} has the module as {module.kind}, the bundle as "
+                f"{entries[module.path].kind}; it was made for another base model",
+                path=module.path,
+            )
         _check_factors(record.name, module, factors[module.path])
     return {path: entries[path] for path in sorted(recorded)}
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from unmerge_bundle.arrays import Array
 from unmerge_bundle.jsontext import canonical_bytes
+from unmerge_bundle.peft import PEFT, VERBATIM_FILE
 
 if TYPE_CHECKING:  # for signatures only: `restored` imports this module
     from unmerge_bundle.restored import MergedAdapter, Origin, RestoredAdapter
@@ -48,6 +49,7 @@ def restored_card(
         "An approximation of the original, unless everything measured below is 0.",
         "",
         f"- Adapter: `{adapter.name}`, original digest `{adapter.source_digest}`",
+        *_format_lines(adapter),
         *_origin_lines(adapter.origin),
         "",
         "## Reconstruction error",
@@ -65,6 +67,7 @@ def restored_card(
         f"This directory holds the factors in {_code(_dtypes(written))}, {form}.",
         *_truncation_lines(truncation, written),
         _rounding_line(rounding, "the reduced one" if truncation else "the one with these errors"),
+        *_beside_lines(adapter),
         *_fact_lines(adapter.origin, adapter.modules),
     ]
     return _card(adapter.base_model, lines)
@@ -110,6 +113,30 @@ def merged_card(
             for name, keys in sorted(adapter.unmerged.items())
         ]
     return _card(adapter.base_model, lines)
+
+
+def _format_lines(adapter: RestoredAdapter) -> list[str]:
+    if adapter.format == PEFT:
+        return []
+    return [
+        f"- Original format: `{adapter.format}`; configuration and names of tensors here are made",
+        "  for PEFT",
+    ]
+
+
+def _beside_lines(adapter: RestoredAdapter) -> list[str]:
+    """Return what says which of the adapter's tensors PEFT will not load, empty if none."""
+    if adapter.format == PEFT or not adapter.verbatim:
+        return []
+    return [
+        "",
+        "## Not loaded by PEFT",
+        "",
+        "The original also has these tensors, which are no low-rank update and have no place in a",
+        f"PEFT adapter. They are in `{VERBATIM_FILE}`, unchanged; without them the adapter is not",
+        "complete.",
+        *(f"- `{key}`" for key in sorted(adapter.verbatim)),
+    ]
 
 
 def _origin_lines(origin: Origin) -> list[str]:

@@ -20,6 +20,7 @@ from unmerge_bundle.encodings import (
     SharedFactorsEncoding,
 )
 from unmerge_bundle.errors import InvalidInputError, TensorMismatchError
+from unmerge_bundle.kinds import LINEAR
 from unmerge_bundle.model import first_problem
 from unmerge_bundle.modules import (
     AdapterFactorsModule,
@@ -37,15 +38,20 @@ __all__ = ["Module", "module_entry"]
 Module: TypeAlias = FactorsModule | DeltaModule | RestoringModule
 
 
-def module_entry(path: str, encoding: Encoding[Array]) -> Module:
+def module_entry(path: str, encoding: Encoding[Array], *, kind: str = LINEAR) -> Module:
     """Return the manifest's entry of `encoding`, its blob still to be filled in.
 
     Shapes are taken from the tensors that show them; whether all others fit is for
     `modules.check_tensor` to say.
 
+    Args:
+        path: The module.
+        encoding: What it becomes.
+        kind: The layer it is, see `kinds.check_kind`.
+
     Raises:
-        InvalidInputError: The path is not allowed, a fact is not finite, or the encoding is not
-            one of the format's.
+        InvalidInputError: The path or the kind is not allowed, the shape does not fit the kind, a
+            fact is not finite, or the encoding is not one of the format's.
         TensorMismatchError: Its tensors have shapes from which nothing can be told, or its
             matrices are not all quantised alike.
     """
@@ -53,6 +59,7 @@ def module_entry(path: str, encoding: Encoding[Array]) -> Module:
         d_out, d_in = encoding.shape
         common: dict[str, Any] = {
             "path": path,
+            "kind": kind,
             "d_out": d_out,
             "d_in": d_in,
             "facts": dict(encoding.facts),

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from unmerge_bundle.kinds import check_kind
 from unmerge_bundle.names import check_key, check_module_path, check_name
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FactName",
     "FormatModel",
     "Key",
+    "Kind",
     "ModulePath",
     "Name",
     "Positive",
@@ -41,6 +43,7 @@ Name = Annotated[str, AfterValidator(check_name)]
 ModulePath = Annotated[str, AfterValidator(check_module_path)]
 FactName = Annotated[str, AfterValidator(partial(check_name, what="fact"))]
 Key = Annotated[str, AfterValidator(check_key)]
+Kind = Annotated[str, AfterValidator(check_kind)]
 Time = Annotated[str, AfterValidator(_check_time)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]

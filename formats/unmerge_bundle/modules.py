@@ -7,7 +7,7 @@ description, checked by one function on both sides.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from unmerge_bundle.arrays import DTYPES, FLOAT_DTYPES, Array, FloatDtype
 from unmerge_bundle.encodings import Restores
 from unmerge_bundle.errors import TensorMismatchError
-from unmerge_bundle.fields import Count, FactName, FormatModel, ModulePath, Positive
+from unmerge_bundle.fields import Count, FactName, FormatModel, Kind, ModulePath, Positive
+from unmerge_bundle.kinds import LINEAR, check_kernel
 
 __all__ = [
     "AdapterFactorsModule",
@@ -93,9 +94,15 @@ class _Module(FormatModel):
     restores: ClassVar[Restores | None]
 
     path: ModulePath
+    kind: Kind = LINEAR
     d_out: Positive
     d_in: Positive
     facts: dict[FactName, float]
+
+    @model_validator(mode="after")
+    def _whole_kernels(self) -> Self:
+        check_kernel(self.kind, self.d_in)
+        return self
 
 
 class FactorsModule(_Module):

@@ -13,19 +13,31 @@ from unmerge_bundle.arrays import Array, all_finite, round_to
 from unmerge_bundle.blob import Held, write_safetensors
 from unmerge_bundle.errors import InvalidInputError, ManifestError, NonFiniteError
 from unmerge_bundle.jsontext import parse_object
+from unmerge_bundle.kinds import EMBEDDING, kernel_of
 from unmerge_bundle.publish import ADAPTER_DIRECTORY, OutputDirectory, write_file
 
 __all__ = [
+    "PEFT",
+    "VERBATIM_FILE",
+    "named_factors",
     "parse_config",
     "portable_config",
     "write_directory",
     "written_factors",
 ]
 
+PEFT = "peft"
+"""The format whose configuration and tensor names the directories written here have."""
+
+VERBATIM_FILE = "verbatim.safetensors"
+"""File for the tensors of another format's adapter that have no place in a PEFT directory."""
+
 _CONFIG = "adapter_config.json"
 
 # What an original configuration says besides ranks and scalings, and the portable one keeps.
 _KEPT = {"task_type": None, "modules_to_save": None, "fan_in_fan_out": False, "bias": "none"}
+# Kept where it is set: readers older than the field then do not meet it without need.
+_KEPT_IF_SET = ("trainable_token_indices",)
 
 
 def written_factors(
@@ -59,6 +71,28 @@ def written_factors(
     )
 
 
+def named_factors(path: str, kind: str, A: Array, B: Array) -> dict[str, Array]:
+    """Return A and B under the keys, and in the shapes, that PEFT has for a layer.
+
+    Embeddings have keys of their own. Of a convolution, A is one of its kernel's size and B one of
+    size 1; both are row-major, so that no number moves.
+
+    Args:
+        path: The module.
+        kind: The layer it is, see `unmerge_bundle.check_kind`.
+        A: `(r, d_in)`.
+        B: `(d_out, r)`.
+    """
+    start = f"base_model.model.{path}.lora_"
+    if kind == EMBEDDING:
+        return {f"{start}embedding_A": A, f"{start}embedding_B": B}
+    kernel = kernel_of(kind)
+    return {
+        f"{start}A.weight": A.reshape(len(A), -1, *kernel),
+        f"{start}B.weight": B.reshape(*B.shape, *(1 for _ in kernel)),
+    }
+
+
 def parse_config(text: str) -> dict[str, Any]:
     """Return an original PEFT configuration as an object; the empty text gives an empty one.
 
@@ -87,8 +121,8 @@ def portable_config(
         rank: Rank of every module, and `lora_alpha`.
         base_model: Id of the base model.
         revision: Its revision.
-        original: The source's configuration, or empty; task type, saved modules, bias and
-            `fan_in_fan_out` are kept from it.
+        original: The source's configuration, or empty; task type, saved modules, bias,
+            `fan_in_fan_out` and trainable tokens are kept from it.
     """
     config = {
         "peft_type": "LORA",
@@ -104,6 +138,7 @@ def portable_config(
         "alpha_pattern": {},
         "target_modules": sorted(paths),
         **{key: original.get(key, default) for key, default in _KEPT.items()},
+        **{key: original[key] for key in _KEPT_IF_SET if original.get(key)},
     }
     text = json.dumps(config, ensure_ascii=False, allow_nan=False, indent=2, sort_keys=True)
     return f"{text}\n".encode()
@@ -114,7 +149,9 @@ def write_directory(
     *,
     config: bytes,
     factors: Mapping[str, tuple[Array, Array]],
+    kinds: Mapping[str, str],
     verbatim: Mapping[str, Array],
+    beside: Mapping[str, Array],
     card: str,
     overwrite: bool,
 ) -> None:
@@ -124,7 +161,9 @@ def write_directory(
         directory: The directory.
         config: Bytes of its configuration file.
         factors: A and B by module path.
-        verbatim: Other tensors, by their key.
+        kinds: The layer each of these modules is.
+        verbatim: PEFT's other tensors, by their key.
+        beside: Tensors that are none of PEFT's, by their key, for `VERBATIM_FILE`.
         card: Text of its model card.
         overwrite: Replace an existing adapter directory.
 
@@ -133,11 +172,9 @@ def write_directory(
         InvalidInputError: A verbatim tensor has the key of a factor, or `directory` cannot be a
             path.
     """
-    tensors = {
-        f"base_model.model.{path}.lora_{factor}.weight": array
-        for path, both in factors.items()
-        for factor, array in zip("AB", both, strict=True)
-    }
+    tensors: dict[str, Array] = {}
+    for path, (A, B) in factors.items():
+        tensors |= named_factors(path, kinds[path], A, B)
     if clash := sorted(tensors.keys() & verbatim.keys()):
         raise InvalidInputError(
             "a verbatim tensor has the key of a restored factor; the source was read wrongly",
@@ -146,6 +183,9 @@ def write_directory(
     held = {key: Held.of(array, name=key) for key, array in {**tensors, **verbatim}.items()}
     with OutputDirectory(directory, overwrite=overwrite, kind=ADAPTER_DIRECTORY) as output:
         write_safetensors(output.partial / "adapter_model.safetensors", held, {"format": "pt"})
+        if beside:
+            others = {key: Held.of(array, name=key) for key, array in beside.items()}
+            write_safetensors(output.partial / VERBATIM_FILE, others, {"format": "pt"})
         write_file(output.partial / "README.md", card.encode("utf-8"))
         write_file(output.partial / _CONFIG, config)
         output.publish()

@@ -32,7 +32,12 @@ __all__ = [
 ]
 
 _BLOB_NAME = re.compile(r"[0-9a-f]{64}\.(json|safetensors)")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+_ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "verbatim.safetensors",
+    "README.md",
+)
 
 
 @dataclass(frozen=True, slots=True)

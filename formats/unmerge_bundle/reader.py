@@ -496,6 +496,7 @@ class Bundle:
                         source_rank=record.rank,
                         source_dtype=record.dtype,
                         errors=errors[entry.path],
+                        kind=entry.kind,
                     ),
                 )
             else:
@@ -507,6 +508,7 @@ class Bundle:
                         source_rank=record.rank,
                         source_dtype=record.dtype,
                         errors=errors[entry.path],
+                        kind=entry.kind,
                     ),
                 )
 

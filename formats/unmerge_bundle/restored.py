@@ -18,6 +18,7 @@ from unmerge_bundle.errors import InvalidInputError, NonFiniteError, WrongKindEr
 from unmerge_bundle.measure import relative_errors
 from unmerge_bundle.model import Generation, ModuleErrors, Source
 from unmerge_bundle.peft import (
+    PEFT,
     parse_config,
     portable_config,
     write_directory,
@@ -61,11 +62,14 @@ class SavedAdapter:
             a smaller rank, the difference is that from the reduced delta.
         truncation: How far the reduction to a rank took any module's delta, relative to it: the
             largest `‖reduced − delta‖ / ‖delta‖`. 0 where nothing was reduced.
+        beside: Keys of the tensors that PEFT will not load: those that an adapter of another
+            format keeps verbatim. They are in `verbatim.safetensors`, sorted, as they were.
     """
 
     directory: Path
     rounding: float
     truncation: float = 0.0
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +84,8 @@ class RestoredModule:
         source_rank: Rank of the original's factors; r may be larger or smaller.
         source_dtype: Dtype of the original's factors.
         errors: Recorded errors against the original, of the factors restored in `source_dtype`.
+        kind: The layer the module is, which says how the delta goes into its weight; see
+            `unmerge_bundle.check_kind`.
     """
 
     A: Array
@@ -89,6 +95,7 @@ class RestoredModule:
     source_rank: int
     source_dtype: FloatDtype
     errors: ModuleErrors
+    kind: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +108,8 @@ class RestoredDelta:
         source_rank: Rank of the original's factors.
         source_dtype: Dtype of the original's factors.
         errors: Recorded errors against the original, of the delta restored in `source_dtype`.
+        kind: The layer the module is, which says how the delta goes into its weight; see
+            `unmerge_bundle.check_kind`.
     """
 
     delta: Array
@@ -108,6 +117,7 @@ class RestoredDelta:
     source_rank: int
     source_dtype: FloatDtype
     errors: ModuleErrors
+    kind: str
 
 
 AnyRestored: TypeAlias = RestoredModule | RestoredDelta
@@ -121,7 +131,8 @@ class RestoredAdapter:
         name: The adapter's name.
         modules: By module path, sorted: factors, or a dense delta where the encoding has no more.
         verbatim: Tensors that are no low-rank update, by their key in the source.
-        config: Text of the source's configuration file, byte for byte, or "".
+        config: Text of the source's configuration, byte for byte, or "": PEFT's file where
+            `format` is "peft", otherwise for that format alone to read.
         format: Format the source was read from.
         base_model: Id of the base model, where known.
         revision: Its revision, where known.
@@ -171,7 +182,8 @@ class RestoredAdapter:
         source's rank beyond the module's features. Otherwise, and with
         `portable`, every scaling is folded into B, every module zero-padded to one rank and
         `lora_alpha` set to it, so that software that reads nothing but `lora_alpha / r` gets the
-        same delta.
+        same delta. The configuration of another format is no business of PEFT's: its adapters
+        come in the portable form, their verbatim tensors in a file beside it.
 
         What is written is the float32 reconstruction, folded if need be, rounded once. Where the
         factors held have been rounded already, the bundle's files are read for it again. The
@@ -188,7 +200,8 @@ class RestoredAdapter:
             overwrite: Replace an existing adapter directory.
 
         Returns:
-            The directory, and what rounding and reduction added to the recorded errors.
+            The directory, what rounding and reduction added to the recorded errors, and what PEFT
+            has no place for.
 
         Raises:
             WrongKindError: A module is a dense delta, which is no adapter without a rank.
@@ -202,6 +215,7 @@ class RestoredAdapter:
         _check_rank(rank, dense, of=len(self.modules), where=f"adapter {self.name!r}")
         ranks = {path: _written_rank(module, rank) for path, module in self.modules.items()}
         portable = portable or not self._fits_its_config(ranks)
+        foreign = self.format != PEFT  # names and configuration are not PEFT's
         widest = max(ranks.values())
         written: dict[str, _Factors] = {}
         rounding = truncation = 0.0
@@ -225,7 +239,7 @@ class RestoredAdapter:
                 rank=widest,
                 base_model=self.base_model,
                 revision=self.revision,
-                original=parse_config(self.config) if self.format == "peft" else {},
+                original=parse_config(self.config) if self.format == PEFT else {},
             )
         else:
             config = self.config.encode("utf-8")
@@ -233,17 +247,20 @@ class RestoredAdapter:
             Path(directory),
             config=config,
             factors=written,
-            verbatim=self.verbatim,
+            kinds={path: module.kind for path, module in self.modules.items()},
+            verbatim={} if foreign else self.verbatim,
+            beside=self.verbatim if foreign else {},
             card=restored_card(
                 self, written, portable=portable, rounding=rounding, truncation=truncation
             ),
             overwrite=overwrite,
         )
-        return SavedAdapter(Path(directory), rounding, truncation)
+        beside = tuple(sorted(self.verbatim)) if foreign else ()
+        return SavedAdapter(Path(directory), rounding, truncation, beside)
 
     def _fits_its_config(self, ranks: Mapping[str, int]) -> bool:
         return (
-            self.format == "peft"
+            self.format == PEFT
             and self.config != ""
             and all(
                 isinstance(module, RestoredModule)
@@ -295,6 +312,11 @@ class MergedAdapter:
         return self.origin.generation.sources
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """The layer each module is, by path; see `unmerge_bundle.check_kind`."""
+        return {module.path: module.kind for module in self.origin.generation.modules}
+
+    @property
     def unmerged(self) -> dict[str, tuple[str, ...]]:
         """Per adapter, the keys of tensors (task heads, biases) that could not be merged."""
         return self.origin.generation.unmerged
@@ -341,8 +363,10 @@ class MergedAdapter:
         dense = [path for path, m in self.modules.items() if isinstance(m, DeltaEncoding)]
         _check_rank(rank, dense, of=len(self.modules), where=self.origin.bundle)
         store_dtype = self.origin.generation.store_dtype
+        kinds = self.kinds
         held: dict[str, AnyRestored] = {
-            path: _as_restored(module, store_dtype) for path, module in self.modules.items()
+            path: _as_restored(module, store_dtype, kinds[path])
+            for path, module in self.modules.items()
         }
         ranks = {path: _written_rank(module, rank) for path, module in held.items()}
         written: dict[str, _Factors] = {}
@@ -370,7 +394,9 @@ class MergedAdapter:
                 original={},
             ),
             factors=written,
+            kinds=kinds,
             verbatim={},
+            beside={},
             card=merged_card(self, written, rounding=rounding, truncation=truncation),
             overwrite=overwrite,
         )
@@ -451,7 +477,7 @@ def _held(module: AnyRestored) -> Array:
 
 
 def _as_restored(
-    module: FactorsEncoding[Array] | DeltaEncoding[Array], dtype: FloatDtype
+    module: FactorsEncoding[Array] | DeltaEncoding[Array], dtype: FloatDtype, kind: str
 ) -> AnyRestored:
     """Return a merged module in the shape of a restored one: the merge is its own source."""
     errors = ModuleErrors(factors=None, delta=0.0)
@@ -462,6 +488,7 @@ def _as_restored(
             source_rank=min(module.shape),
             source_dtype=dtype,
             errors=errors,
+            kind=kind,
         )
     return RestoredModule(
         A=module.A,
@@ -471,6 +498,7 @@ def _as_restored(
         source_rank=len(module.A),
         source_dtype=dtype,
         errors=errors,
+        kind=kind,
     )
 
 

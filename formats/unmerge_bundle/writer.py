@@ -30,6 +30,7 @@ from unmerge_bundle.encodings import Encoding, RestoringEncoding
 from unmerge_bundle.entry import Module, module_entry
 from unmerge_bundle.errors import InvalidInputError, NonFiniteError, TensorMismatchError
 from unmerge_bundle.fields import Key, ModulePath, Name
+from unmerge_bundle.kinds import LINEAR
 from unmerge_bundle.model import (
     BLOB_MEDIA_TYPE,
     AdapterEntry,
@@ -172,6 +173,7 @@ class BundleWriter:
         path: str,
         encoding: Encoding[Array],
         *,
+        kind: str = LINEAR,
         errors: Mapping[str, ModuleErrors] | None = None,
     ) -> None:
         """Add one module; its bytes go to the disk at once.
@@ -180,12 +182,15 @@ class BundleWriter:
             path: Module path. Modules may come in any order, each once; the bytes written do not
                 depend on it.
             encoding: One of the format's encodings, every tensor in `store_dtype`.
+            kind: The layer the module is, see `unmerge_bundle.check_kind`; that of every adapter
+                that has it.
             errors: Measured errors, for exactly the adapters the encoding restores; `None` where
                 it restores none.
 
         Raises:
-            InvalidInputError: The path is not allowed or was added before, the encoding is not one
-                of the format's, merged and restoring modules are mixed, or errors are missing.
+            InvalidInputError: The path is not allowed or was added before, there is no such kind
+                or the module's shape does not fit it, the encoding is not one of the format's,
+                merged and restoring modules are mixed, or errors are missing.
             TensorMismatchError: A tensor has the wrong shape or dtype.
             NonFiniteError: A tensor or a scaling is not finite.
         """
@@ -200,7 +205,7 @@ class BundleWriter:
                 f"{sorted(names)} and errors of {sorted(measured)}",
                 path=path,
             )
-        entry = module_entry(path, encoding)
+        entry = module_entry(path, encoding, kind=kind)
         first = next(iter(self._modules.values()), entry)
         if (entry.restores is None) != (first.restores is None):
             raise InvalidInputError(
@@ -361,6 +366,13 @@ class BundleWriter:
                 f" and {len(difference) - 1} more",
                 path=where,
             )
+        for module in adapter.record.modules:
+            if module.kind != self._modules[module.path].kind:
+                raise InvalidInputError(
+                    f"its record says kind {module.kind}, the module was added as "
+                    f"{self._modules[module.path].kind}",
+                    path=f"{module.path}, {where}",
+                )
         absent = self._modules.keys() - announced
         if set(self._info.absent.get(name, ())) != absent:
             raise InvalidInputError(

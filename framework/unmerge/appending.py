@@ -45,6 +45,7 @@ def append(
                     "rank": f.rank,
                     "dtype": dtype_name(f.A.dtype),
                     "source_scaling": f.scaling,
+                    "kind": f.kind,
                 }
             )
             for module, f in adapter.modules.items()

@@ -57,7 +57,9 @@ def write_zoo(
                 path: (to_numpy(f.A.to(DTYPES[dtype])), to_numpy(f.B.to(DTYPES[dtype])))
                 for path, f in adapter.modules.items()
             },
+            kinds={path: f.kind for path, f in adapter.modules.items()},
             verbatim={},
+            beside={},
             card=f"# {adapter.name}\n\nRandom numbers, for tests: {collection.name}.\n",
             overwrite=False,
         )
