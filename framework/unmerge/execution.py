@@ -35,6 +35,7 @@ class MergedModule:
 
     Attributes:
         path: Module path.
+        kind: The layer it is.
         encoding: Its encoding, in the stored dtype.
         errors: What a reader gets for each adapter that comes back, against the original.
         rounding: Relative change of a merged delta by rounding to the stored dtype; 0 for a
@@ -42,6 +43,7 @@ class MergedModule:
     """
 
     path: str
+    kind: str
     encoding: Encoding[Array]
     errors: Mapping[str, ModuleErrors]
     rounding: float
@@ -106,8 +108,10 @@ def one_thread_per_task() -> Iterator[None]:
 def _finish(module: StackModule, encoding: object, plan: Plan, who: str) -> MergedModule:
     checked = _check(module, encoding, plan, who)
     stored = checked.map(lambda tensor: _stored(tensor, plan, f"{module.path}: {who}"))
+    kind = module.shape.kind
     if not isinstance(stored, RestoringEncoding):
-        return MergedModule(module.path, stored, {}, _rounding(checked, stored))
+        rounding = _rounding(checked, stored)
+        return MergedModule(module.path, kind, stored, {}, rounding)
     errors = {
         # On the stored tensors and rounded to the source's dtype: the error a user gets.
         name: measure(
@@ -120,7 +124,7 @@ def _finish(module: StackModule, encoding: object, plan: Plan, who: str) -> Merg
         )
         for name, original in module
     }
-    return MergedModule(module.path, stored, errors, 0.0)
+    return MergedModule(module.path, kind, stored, errors, 0.0)
 
 
 def _stored(tensor: torch.Tensor, plan: Plan, who: str) -> Array:

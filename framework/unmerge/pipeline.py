@@ -30,6 +30,7 @@ from unmerge.registry import Registry, default_registry
 from unmerge.stack import FactorStack
 from unmerge.store import AdapterInfo, AdapterStore
 from unmerge_bundle import (
+    LINEAR,
     AdapterRecord,
     BundleWriter,
     DeltaEncoding,
@@ -239,7 +240,9 @@ class MergePipeline:
             report("merge", 0, total)
             for chunk in plan.chunks:
                 for module in self._merge(chunk, plan, context, pool):
-                    writer.add_module(module.path, module.encoding, errors=module.errors)
+                    writer.add_module(
+                        module.path, module.encoding, kind=module.kind, errors=module.errors
+                    )
                     for name, measured in module.errors.items():
                         errors.setdefault(name, {})[module.path] = measured
                     rounding[module.path] = module.rounding
@@ -314,7 +317,13 @@ class MergePipeline:
                 revision=info.revision,
                 digest=info.digest,
                 modules=tuple(
-                    RecordedModule(path=path, rank=m.rank, dtype=m.dtype, source_scaling=m.scaling)
+                    RecordedModule(
+                        path=path,
+                        rank=m.rank,
+                        dtype=m.dtype,
+                        source_scaling=m.scaling,
+                        kind=getattr(m, "kind", LINEAR),
+                    )
                     for path, m in info.modules.items()
                     if path in selected
                 ),

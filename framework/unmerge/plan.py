@@ -20,8 +20,9 @@ from unmerge.errors import (
 )
 from unmerge.merger import MergeContext, Merger, OutputSize
 from unmerge.recipe import Recipe
-from unmerge.stack import ModuleShape
+from unmerge.stack import ModuleShape, one_kind
 from unmerge.store import AdapterInfo, AdapterStore
+from unmerge_bundle.kinds import LINEAR
 
 __all__ = ["Plan", "make_plan"]
 
@@ -228,7 +229,11 @@ def _shape(path: str, sources: Sequence[AdapterInfo]) -> ModuleShape:
         )
     d_out, d_in = sizes.pop()
     names = tuple(info.name for info in sources if path in info.modules)
-    return ModuleShape(path, d_out, d_in, names, tuple(module.rank for module in having))
+    kind = one_kind(
+        path, [(name, getattr(m, "kind", LINEAR)) for name, m in zip(names, having, strict=True)]
+    )
+    ranks = tuple(module.rank for module in having)
+    return ModuleShape(path, d_out, d_in, names, ranks, kind=kind)
 
 
 def _refusals(

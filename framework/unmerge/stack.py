@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from unmerge.adapter import Factors
 from unmerge.errors import IncompatibleAdaptersError
+from unmerge_bundle.kinds import LINEAR
 
-__all__ = ["FactorStack", "ModuleShape", "StackModule"]
+__all__ = ["FactorStack", "ModuleShape", "StackModule", "one_kind"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class ModuleShape:
         d_in: Input features.
         adapters: Names of the adapters that have the module, sorted.
         ranks: Rank of each of them.
+        kind: The layer it is, see `unmerge_bundle.check_kind`; no part of a merge, in which a
+            delta is a matrix, but of what is done with its result.
     """
 
     path: str
@@ -31,6 +34,7 @@ class ModuleShape:
     d_in: int
     adapters: tuple[str, ...]
     ranks: tuple[int, ...]
+    kind: str = LINEAR
 
     @property
     def elements(self) -> int:
@@ -57,7 +61,9 @@ class StackModule:
         """The module's shape."""
         first = self.factors[0]
         ranks = tuple(f.rank for f in self.factors)
-        return ModuleShape(self.path, first.d_out, first.d_in, self.adapters, ranks)
+        return ModuleShape(
+            self.path, first.d_out, first.d_in, self.adapters, ranks, kind=first.kind
+        )
 
     def __iter__(self) -> Iterator[tuple[str, Factors]]:
         return iter(zip(self.adapters, self.factors, strict=True))
@@ -71,6 +77,7 @@ class FactorStack:
 
     Attributes:
         modules: The L module paths, sorted.
+        kinds: The layer each of them is, in that order; modules of one shape may be of several.
         adapters: The N adapter names, sorted.
         A: `(L, N, r, d_in)`, r the largest rank, float32 or wider.
         B: `(L, N, d_out, r)`.
@@ -79,6 +86,7 @@ class FactorStack:
     """
 
     modules: tuple[str, ...]
+    kinds: tuple[str, ...]
     adapters: tuple[str, ...]
     A: torch.Tensor
     B: torch.Tensor
@@ -103,8 +111,8 @@ class FactorStack:
             dtype: Its dtype; every stored dtype widens to float32 without loss.
 
         Raises:
-            IncompatibleAdaptersError: Shapes differ, something is named twice, or a name is not
-                among `adapters`.
+            IncompatibleAdaptersError: Shapes differ, or the kinds of one module do, something is
+                named twice, or a name is not among `adapters`.
         """
         names = tuple(sorted(adapters))
         _check_distinct("adapter", names)
@@ -123,6 +131,7 @@ class FactorStack:
         B = torch.zeros(L, N, d_out, rank, dtype=dtype, device=device)
         ranks = torch.zeros(L, N, dtype=torch.int64)
         scalings = torch.zeros(L, N, dtype=torch.float64)
+        kinds = tuple(one_kind(path, ((n, f.kind) for n, f in pairs)) for path, pairs in ordered)
         for layer, (path, pairs) in enumerate(ordered):
             for name, factors in pairs:
                 if (factors.d_out, factors.d_in) != (d_out, d_in):
@@ -138,7 +147,15 @@ class FactorStack:
                 ranks[layer, row] = factors.rank
                 scalings[layer, row] = factors.scaling
         paths = tuple(path for path, _ in ordered)
-        return cls(modules=paths, adapters=names, A=A, B=B, ranks=ranks, scalings=scalings)
+        return cls(
+            modules=paths,
+            kinds=kinds,
+            adapters=names,
+            A=A,
+            B=B,
+            ranks=ranks,
+            scalings=scalings,
+        )
 
     @property
     def present(self) -> torch.Tensor:
@@ -166,6 +183,7 @@ class FactorStack:
         one = slice(index, index + 1)
         return FactorStack(
             modules=self.modules[one],
+            kinds=self.kinds[one],
             adapters=self.adapters,
             A=self.A[one],
             B=self.B[one],
@@ -186,10 +204,33 @@ class FactorStack:
                     A=self.A[index, n, :rank].clone(memory_format=torch.contiguous_format),
                     B=self.B[index, n, :, :rank].clone(memory_format=torch.contiguous_format),
                     scaling=float(self.scalings[index, n]),
+                    kind=self.kinds[index],
                 )
             )
         names = tuple(self.adapters[n] for n in rows)
         return StackModule(path=self.modules[index], adapters=names, factors=tuple(factors))
+
+
+def one_kind(path: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """Return the kind of layer that all adapters have a module as.
+
+    Args:
+        path: The module.
+        pairs: Names of adapters with the kind that each says it is.
+
+    Raises:
+        IncompatibleAdaptersError: They disagree.
+    """
+    found: dict[str, str] = {}
+    for name, kind in pairs:
+        found.setdefault(kind, name)
+    if len(found) > 1:
+        each = ", ".join(f'{kind} in "{name}"' for kind, name in sorted(found.items()))
+        raise IncompatibleAdaptersError(
+            f"{path}: adapters disagree on the kind of layer: {each}; check that all used the same "
+            "base model"
+        )
+    return next(iter(found), LINEAR)
 
 
 def _check_distinct(what: str, ordered: Sequence[str]) -> None:
