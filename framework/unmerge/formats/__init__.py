@@ -8,6 +8,7 @@ from pathlib import Path
 from unmerge.adapter import Adapter
 from unmerge.errors import AdapterError
 from unmerge.formats.base import AdapterFormat, describe, entries
+from unmerge.formats.mlx import MlxFormat
 from unmerge.formats.peft import PeftFormat, read_peft
 from unmerge.formats.registry import FormatRegistration, Formats, default_formats
 
@@ -16,13 +17,14 @@ __all__ = [
     "AdapterFormat",
     "FormatRegistration",
     "Formats",
+    "MlxFormat",
     "PeftFormat",
     "default_formats",
     "read_adapter",
     "read_peft",
 ]
 
-BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (PeftFormat,)
+BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (PeftFormat, MlxFormat)
 """The formats that come with the framework; its plugin registers them as any other would."""
 
 
