@@ -229,9 +229,8 @@ def _shape(path: str, sources: Sequence[AdapterInfo]) -> ModuleShape:
         )
     d_out, d_in = sizes.pop()
     names = tuple(info.name for info in sources if path in info.modules)
-    kind = one_kind(
-        path, [(name, getattr(m, "kind", LINEAR)) for name, m in zip(names, having, strict=True)]
-    )
+    kinds = [getattr(module, "kind", LINEAR) for module in having]
+    kind = one_kind(path, zip(names, kinds, strict=True))
     ranks = tuple(module.rank for module in having)
     return ModuleShape(path, d_out, d_in, names, ranks, kind=kind)
 

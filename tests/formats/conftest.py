@@ -53,13 +53,19 @@ class Zoo:
     verbatim: dict[str, dict[str, Array]] = field(default_factory=dict)
     originals: dict[str, dict[str, tuple[Array, Array]]] = field(default_factory=dict)
     errors: dict[str, dict[str, ModuleErrors]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)  # "linear" where nothing is said
 
     def write(self, path: Path, *, overwrite: bool = False, **limits: int) -> BundleSize:
         with BundleWriter(path, info=self.info, overwrite=overwrite, **limits) as writer:
             for name, record in self.records.items():
                 writer.add_adapter(record, self.verbatim.get(name, {}))
             for module, encoding in self.encodings.items():
-                writer.add_module(module, encoding, errors=self.errors.get(module))
+                writer.add_module(
+                    module,
+                    encoding,
+                    kind=self.kinds.get(module, "linear"),
+                    errors=self.errors.get(module),
+                )
             return writer.finish(message="first", created=CREATED)
 
 
