@@ -1,4 +1,4 @@
-"""What each field of PEFT's `adapter_config.json` means for a delta: used, kept, or refused."""
+"""Reads PEFT's `adapter_config.json`: ranks and scalings as PEFT has them, or a refusal."""
 
 from __future__ import annotations
 
@@ -7,117 +7,18 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from unmerge.errors import AdapterError, UnsupportedAdapterError
 from unmerge.formats.base import excerpt
+from unmerge.formats.peft_fields import FIELDS
 
-__all__ = ["FIELDS", "ConfigField", "LoraSettings", "parse_config"]
+__all__ = ["LARGEST_ALPHA", "LoraSettings", "parse_config", "parse_settings", "pattern_path"]
+
+LARGEST_ALPHA = 1e300
+"""Above it an alpha is refused, whatever its sign: scalings must be finite."""
 
 NumberT = TypeVar("NumberT", int, float)
-Treatment = Literal["used", "kept", "refused"]
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigField:
-    """One field of `adapter_config.json`.
-
-    Attributes:
-        name: The field.
-        treatment: "used": its value is checked and enters the delta or decides which tensors
-            are expected. "kept": any value is accepted and travels in `Adapter.config`.
-            "refused": anything but null, false or empty is an `UnsupportedAdapterError`.
-        because: Why, as a phrase that can end an error message.
-    """
-
-    name: str
-    treatment: Treatment
-    because: str
-
-
-# docs/adapters.md shows this table; a test keeps the two equal.
-FIELDS: tuple[ConfigField, ...] = (
-    ConfigField("peft_type", "used", "only LORA is read; every other method has another delta"),
-    ConfigField("r", "used", "the rank of every module that no rank_pattern matches"),
-    ConfigField("lora_alpha", "used", "the numerator of the scaling; may be a fraction"),
-    ConfigField("use_rslora", "used", "divides alpha by the root of the rank"),
-    ConfigField("rank_pattern", "used", "ranks by module; the tensors must agree"),
-    ConfigField("alpha_pattern", "used", "alphas by module"),
-    ConfigField(
-        "init_lora_weights",
-        "used",
-        "true, false, gaussian, eva, orthogonal and mica leave the base weights alone; any other "
-        "value is refused, because PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change them, so that "
-        "the factors are no update of the original base model",
-    ),
-    ConfigField("bias", "used", "decides which bias tensors are expected and kept verbatim"),
-    ConfigField("modules_to_save", "used", "decides which full weights are kept verbatim"),
-    ConfigField("task_type", "used", "names the task head that PEFT saves without being told"),
-    ConfigField("base_model_name_or_path", "used", "becomes the adapter's base model"),
-    ConfigField("revision", "used", "becomes the revision of the base model"),
-    ConfigField(
-        "fan_in_fan_out",
-        "kept",
-        "only the base weight is stored transposed; A and B keep their shapes and meaning",
-    ),
-    ConfigField("target_modules", "kept", "the tensors say which modules are adapted"),
-    ConfigField("exclude_modules", "kept", "the tensors say which modules are adapted"),
-    ConfigField("layers_to_transform", "kept", "the tensors say which modules are adapted"),
-    ConfigField("layers_pattern", "kept", "the tensors say which modules are adapted"),
-    ConfigField("lora_dropout", "kept", "acts in training only"),
-    ConfigField("inference_mode", "kept", "acts in training only"),
-    ConfigField("runtime_config", "kept", "says where PEFT computes, not what"),
-    ConfigField("merge_weights", "kept", "says when PEFT 0.2 added the delta, not what it was"),
-    ConfigField("auto_mapping", "kept", "names the base model's class"),
-    ConfigField("peft_version", "kept", "the version that saved the adapter"),
-    ConfigField("megatron_core", "kept", "has no effect without megatron_config"),
-    ConfigField("qalora_group_size", "kept", "has no effect without use_qalora"),
-    ConfigField("eva_config", "kept", "EVA chooses the first A; the base weights stay"),
-    ConfigField("corda_config", "kept", "init_lora_weights says whether CorDA was used"),
-    ConfigField("lora_ga_config", "kept", "init_lora_weights says whether LoRA-GA was used"),
-    ConfigField("ensure_weight_tying", "kept", "tied modules are saved under their own keys"),
-    ConfigField(
-        "use_dora", "refused", "DoRA rescales the updated weight, so there is no low-rank delta"
-    ),
-    ConfigField("lora_bias", "refused", "a bias inside factor B is no part of a low-rank delta"),
-    ConfigField(
-        "kasa_config",
-        "refused",
-        "KaSA puts a diagonal between B and A and truncates the base weights",
-    ),
-    ConfigField(
-        "alora_invocation_tokens",
-        "refused",
-        "activated LoRA applies to some tokens only, so it is no change of the weights",
-    ),
-    ConfigField("use_qalora", "refused", "QALoRA pools the inputs before A"),
-    ConfigField("use_bdlora", "refused", "BD-LoRA stores the blocks of block-diagonal factors"),
-    ConfigField(
-        "velora_config",
-        "refused",
-        "VeLoRA saves training state beside the factors, which only PEFT can use",
-    ),
-    ConfigField(
-        "monteclora_config",
-        "refused",
-        "MonteCLoRA saves a distribution around A; its mean is the delta, the rest would be lost",
-    ),
-    ConfigField("arrow_config", "refused", "Arrow routes every token between adapters"),
-    ConfigField(
-        "target_parameters",
-        "refused",
-        "factors of bare parameters hold several experts and their keys name no module",
-    ),
-    ConfigField(
-        "layer_replication", "refused", "the module paths are those of a base model made larger"
-    ),
-    ConfigField(
-        "trainable_token_indices", "refused", "trained rows of an embedding are no low-rank delta"
-    ),
-    ConfigField("megatron_config", "refused", "Megatron's parallel layers split the factors"),
-    ConfigField("loftq_config", "refused", "LoftQ replaces the base weights by quantised ones"),
-    ConfigField("enable_lora", "refused", "PEFT 0.2 stored fused projections as convolutions"),
-)
 
 _BY_NAME = {field.name: field for field in FIELDS}
 
@@ -147,6 +48,8 @@ class LoraSettings:
         alpha_pattern: Alphas likewise.
         bias: "none", "all" or "lora_only".
         saved_modules: Endings of the paths of the modules that are saved whole.
+        token_rows: Number of trained rows by ending of the embedding's path. The one key is
+            empty where the configuration leaves it to PEFT to find the input embedding.
         base_model: Id of the base model, if it is named.
         revision: Revision of the base model, if it is named.
     """
@@ -158,6 +61,7 @@ class LoraSettings:
     alpha_pattern: Mapping[re.Pattern[str], float]
     bias: str
     saved_modules: tuple[str, ...]
+    token_rows: Mapping[str, int]
     base_model: str | None
     revision: str | None
 
@@ -199,6 +103,20 @@ def parse_config(document: Mapping[str, Any], where: str) -> LoraSettings:
     for name, value in document.items():
         _refuse_unless_harmless(name, value, where)
     _check_init(document.get("init_lora_weights"), where)
+    return parse_settings(document, where)
+
+
+def parse_settings(document: Mapping[str, Any], where: str) -> LoraSettings:
+    """Return what a PEFT configuration says, without judging what the reader supports of it.
+
+    Args:
+        document: The parsed `adapter_config.json`.
+        where: The file, for messages.
+
+    Raises:
+        AdapterError: A field has a value of the wrong type or range, or r or lora_alpha is
+            missing.
+    """
     bias = _string(document, "bias", where) or "none"
     if bias not in ("none", "all", "lora_only"):
         raise AdapterError(
@@ -212,6 +130,7 @@ def parse_config(document: Mapping[str, Any], where: str) -> LoraSettings:
         alpha_pattern=_pattern(document, "alpha_pattern", where, _alpha),
         bias=bias,
         saved_modules=_saved_modules(document, where),
+        token_rows=_token_rows(document, where),
         base_model=_string(document, "base_model_name_or_path", where),
         revision=_string(document, "revision", where),
     )
@@ -228,13 +147,20 @@ def _lookup(pattern: Mapping[re.Pattern[str], NumberT], path: str, default: Numb
     before 0.15 a pattern never matched a top-level module. What counts here is what today's PEFT
     loads.
     """
-    # An nn.MultiheadAttention is one target: its output projection shares its rank and alpha.
-    path = path.removesuffix(".base_layer.out_proj")
+    path = pattern_path(path)
     for regex, value in pattern.items():
         if regex.match(path):
             return value
     exact = _regex(path)
     return next((value for regex, value in pattern.items() if regex.pattern == exact), default)
+
+
+def pattern_path(path: str) -> str:
+    """Return the path by which PEFT targets the module at `path` and looks up its patterns.
+
+    An `nn.MultiheadAttention` is one target: its output projection shares its rank and alpha.
+    """
+    return path.removesuffix(".base_layer.out_proj")
 
 
 def _regex(key: str) -> str:
@@ -295,6 +221,20 @@ def _saved_modules(document: Mapping[str, Any], where: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*(value or ()), *heads]))
 
 
+def _token_rows(document: Mapping[str, Any], where: str) -> dict[str, int]:
+    value = document.get("trainable_token_indices")
+    by_ending: dict[str, Any] = value if isinstance(value, dict) else {"": value} if value else {}
+    for ending, indices in by_ending.items():
+        numbers = isinstance(indices, list) and all(type(index) is int for index in indices)
+        if not numbers or (not ending and isinstance(value, dict)):
+            raise AdapterError(
+                f"{where}: trainable_token_indices is {_short(value)}; expected null, a list of "
+                "token numbers, or an object from names of embeddings to such lists; correct the "
+                "file"
+            )
+    return {ending: len(indices) for ending, indices in by_ending.items()}
+
+
 def _required(document: Mapping[str, Any], name: str, where: str) -> Any:
     if document.get(name) is None:
         raise AdapterError(
@@ -316,7 +256,7 @@ def _alpha(value: Any, where: str) -> float:
     # Not converted to float: int / int rounds once, as in PEFT. A whole number too large for
     # float would overflow in the division.
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    if not numeric or not abs(value) <= 1e300:
+    if not numeric or not abs(value) <= LARGEST_ALPHA:
         raise AdapterError(
             f"{where} is {_short(value)}; expected a finite number; correct the file"
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from unmerge.formats.peft import EMBEDDING_MODULES, REFUSED_TENSORS
-from unmerge.formats.peft_config import FIELDS
+from unmerge.formats.peft_fields import FIELDS
+from unmerge.formats.peft_keys import EMBEDDING_MODULES, REFUSED_TENSORS
 
 DOC = Path(__file__).parents[3] / "docs" / "adapters.md"
 

@@ -16,8 +16,9 @@ from torch import nn
 from adapters import TinyModel, make_adapter, peft_config, peft_tensors, write_peft_directory
 from unmerge.errors import UnsupportedAdapterError
 from unmerge.formats import read_peft
-from unmerge.formats.peft import REFUSED_TENSORS
-from unmerge.formats.peft_config import FIELDS, parse_config
+from unmerge.formats.peft_config import parse_config
+from unmerge.formats.peft_fields import FIELDS
+from unmerge.formats.peft_keys import REFUSED_TENSORS
 
 
 def save(directory: Path, config: Any, model: nn.Module | None = None) -> Path:
@@ -88,24 +89,6 @@ def test_made_with_peft(case: str, tmp_path: Path) -> None:
     assert refusal(save(tmp_path / "task", config())).feature == feature
 
 
-def test_embeddings(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"wte": nn.Embedding(10, 6), "q_proj": nn.Linear(6, 6)})
-    directory = save(tmp_path / "task", lora(target_modules=["wte", "q_proj"]), model)
-    assert refusal(directory).feature.startswith("lora_embedding_")
-
-
-@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def test_convolutions(layer: type[nn.Module], tmp_path: Path) -> None:
-    model = nn.ModuleDict({"q_proj": layer(4, 6, 3)})
-    assert refusal(save(tmp_path / "task", lora(), model)).feature == "convolution"
-
-
-def test_trained_tokens(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"embed_tokens": nn.Embedding(10, 6), "q_proj": nn.Linear(6, 6)})
-    config = lora(trainable_token_indices={"embed_tokens": [1, 2]})
-    assert refusal(save(tmp_path / "task", config, model)).feature == "trainable_token_indices"
-
-
 def test_replicated_layers(tmp_path: Path) -> None:
     import transformers
 
@@ -134,7 +117,6 @@ REFUSED_VALUES: dict[str, Any] = {
     "arrow_config": {"top_k": 3},
     "target_parameters": ["experts.up"],
     "layer_replication": [[0, 1]],
-    "trainable_token_indices": [1],
     "megatron_config": {"hidden_size": 1},
     "loftq_config": {"loftq_bits": 4},
     "enable_lora": [True],
@@ -225,6 +207,8 @@ def test_refused_tensor_that_the_configuration_hides(
         ("model.not_embed_tokens.weight", {}),
         ("layers.0.attn.q_proj.lora_A.default.weight", {}),
         ("layers.0.attn.q_proj.lora_B.scale", {"bias": "all"}),
+        ("layers.0.attn.q_proj.lora_embedding_A.default", {"bias": "all"}),
+        ("wte.token_adapter.trainable_tokens_delta", {"trainable_token_indices": {"lm_head": [1]}}),
     ],
 )
 def test_tensor_that_nothing_explains(key: str, changes: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,229 @@
+"""Writes adapters as PEFT directories: PEFT's own as they came, others if nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from unmerge.adapter import Adapter, Factors
+from unmerge.arrays import to_numpy
+from unmerge.errors import AdapterError, UnsupportedAdapterError
+from unmerge.formats.base import excerpt
+from unmerge.formats.files import parse_json_object
+from unmerge.formats.peft_config import (
+    LARGEST_ALPHA,
+    LoraSettings,
+    parse_settings,
+    pattern_path,
+)
+from unmerge.formats.peft_factors import written_tensors
+from unmerge.formats.peft_keys import CONFIG_FILE, PREFIX
+from unmerge_bundle.blob import Held, write_safetensors
+from unmerge_bundle.publish import write_file
+
+__all__ = ["SAFETENSORS_FILE", "write_directory"]
+
+SAFETENSORS_FILE = "adapter_model.safetensors"
+
+ValueT = TypeVar("ValueT", int, float)
+
+
+def write_directory(adapter: Adapter, directory: Path, *, native: bool) -> None:
+    """Write a PEFT directory; see `PeftFormat.write`.
+
+    Args:
+        adapter: The adapter.
+        directory: A directory that is there and empty.
+        native: The configuration is PEFT's own, and verbatim tensors have PEFT's keys.
+
+    Raises:
+        AdapterError: The adapter contradicts its own configuration.
+        UnsupportedAdapterError: Something has no exact counterpart in PEFT.
+        OSError: The disk refuses.
+    """
+    if native:
+        config, verbatim = adapter.config.encode("utf-8"), dict(adapter.verbatim)
+        _check_config(adapter)
+    else:
+        _check_paths(adapter)
+        verbatim, changes = _converted_verbatim(adapter)
+        config = _converted_config(adapter, changes)
+    tensors = {}
+    for path, factors in adapter.modules.items():
+        tensors.update(written_tensors(path, factors))
+    if clash := sorted(tensors.keys() & verbatim.keys()):
+        raise AdapterError(
+            f'adapter "{adapter.name}": the verbatim tensor {excerpt(clash[0])} has the key of a '
+            "factor; it was read wrongly, read it again"
+        )
+    held = {
+        key: Held.of(to_numpy(tensor), name=key) for key, tensor in {**tensors, **verbatim}.items()
+    }
+    write_safetensors(directory / SAFETENSORS_FILE, held, {"format": "pt"})
+    write_file(directory / CONFIG_FILE, config)
+
+
+def _check_config(adapter: Adapter) -> None:
+    """Refuse an adapter whose configuration would give its factors another scaling or rank."""
+    where = f'adapter "{adapter.name}" ({CONFIG_FILE})'
+    # Not judged anew: what could be read once can be given back, whatever is refused by now.
+    settings = parse_settings(parse_json_object(adapter.config.encode("utf-8"), where), where)
+    if path := _first_difference(settings, adapter.modules):
+        factors = adapter.modules[path]
+        raise AdapterError(
+            f"{path}: {where} says rank {settings.rank_of(path)} and scaling "
+            f"{settings.scaling_of(path)!r}, the factors have {factors.rank} and "
+            f"{factors.scaling!r}; the configuration is not this adapter's, read it again"
+        )
+
+
+def _first_difference(settings: LoraSettings, modules: Mapping[str, Factors]) -> str | None:
+    """Return a module that the settings give another rank or scaling, if there is one."""
+    for path, factors in modules.items():
+        # As text: minus zero is another scaling than zero.
+        same = settings.scaling_of(path).hex() == float(factors.scaling).hex()
+        if settings.rank_of(path) != factors.rank or not same:
+            return path
+    return None
+
+
+def _check_paths(adapter: Adapter) -> None:
+    for path in adapter.modules:
+        if any(part.startswith("lora_") for part in path.split(".")):
+            raise UnsupportedAdapterError(
+                f'{path}: the module of adapter "{adapter.name}" (format {adapter.format}) cannot '
+                'be named for PEFT, which keeps names with "lora_" for its own; formats that join '
+                "the parts of a path by underscores do not say what the base model calls it",
+                feature=path,
+            )
+
+
+def _converted_verbatim(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the verbatim tensors under PEFT's keys, and the fields that explain them to PEFT."""
+    tensors: dict[str, torch.Tensor] = {}
+    parameters: dict[str, set[str]] = {}
+    biases = False
+    for key, tensor in adapter.verbatim.items():
+        owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        if owner in adapter.modules and parameter == "bias":
+            biases = True
+            tensors[f"{PREFIX}{owner}.base_layer.bias"] = tensor
+            continue
+        inside = any(f"{owner}.".startswith(f"{path}.") for path in adapter.modules)
+        if inside or not owner:
+            raise _no_place(adapter, key, "PEFT keeps whole modules only, and no adapted ones")
+        parameters.setdefault(owner, set()).add(parameter)
+        tensors[f"{PREFIX}{owner}.{parameter}"] = tensor
+    for owner, names in parameters.items():
+        if "weight" not in names:
+            key = f"{owner}.{min(names)}"
+            raise _no_place(adapter, key, "PEFT keeps whole modules, and the weight is not there")
+    changes = {
+        "modules_to_save": sorted(parameters) or None,
+        "bias": "lora_only" if biases else "none",
+    }
+    return tensors, changes
+
+
+def _no_place(adapter: Adapter, key: str, because: str) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f'{excerpt(key)}: this tensor of adapter "{adapter.name}" (format {adapter.format}) is no '
+        f"low-rank update and has no place in a PEFT directory: {because}; choose another format",
+        feature=key,
+    )
+
+
+def _converted_config(adapter: Adapter, changes: Mapping[str, Any]) -> bytes:
+    """Return a configuration from which PEFT gets the ranks and scalings of the factors.
+
+    Raises:
+        UnsupportedAdapterError: There is none.
+    """
+    different = None
+    for document in _candidates(adapter, changes):
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2, sort_keys=True)
+        data = f"{text}\n".encode()
+        # Judged by what a reader makes of it: keys of patterns are regular expressions.
+        settings = parse_settings(parse_json_object(data, CONFIG_FILE), CONFIG_FILE)
+        different = _first_difference(settings, adapter.modules)
+        if different is None:
+            return data
+    path = different or next(
+        p for p, f in adapter.modules.items() if _alpha(f, rslora=False) is None
+    )
+    factors = adapter.modules[path]
+    raise UnsupportedAdapterError(
+        f'{path}: adapter "{adapter.name}" (format {adapter.format}) has the scaling '
+        f"{factors.scaling!r} at rank {factors.rank}; PEFT divides a lora_alpha by the rank or by "
+        "its root, and none gives that number exactly; choose another format",
+        feature="scaling",
+    )
+
+
+def _candidates(adapter: Adapter, changes: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield configurations to try, those first that most readers understand."""
+    modules: dict[str, Factors] = {pattern_path(path): f for path, f in adapter.modules.items()}
+    spellable = all(re.fullmatch(r"[\w.-]+", path) for path in modules)
+    for rslora in (False, True):
+        alphas = {path: _alpha(factors, rslora=rslora) for path, factors in modules.items()}
+        known = {path: alpha for path, alpha in alphas.items() if alpha is not None}
+        if len(known) < len(alphas):
+            continue
+        ranks = {path: factors.rank for path, factors in modules.items()}
+        # Readers that know no regular expressions take a plain path for itself; PEFT lets it
+        # match the end of a longer path too, which is then one the anchored spelling tells apart.
+        for anchored in (False, True):
+            if not (anchored or spellable):
+                continue
+            rank, rank_pattern = _pattern(ranks, anchored=anchored)
+            alpha, alpha_pattern = _pattern(known, anchored=anchored)
+            yield {
+                "peft_type": "LORA",
+                "base_model_name_or_path": adapter.base_model,
+                "revision": adapter.revision,
+                "inference_mode": True,
+                "r": rank,
+                "lora_alpha": alpha,
+                "lora_dropout": 0.0,
+                "use_rslora": rslora,
+                "use_dora": False,
+                "rank_pattern": rank_pattern,
+                "alpha_pattern": alpha_pattern,
+                "target_modules": sorted(modules),
+                "fan_in_fan_out": False,
+                "task_type": None,
+                **changes,
+            }
+
+
+def _pattern(values: Mapping[str, ValueT], *, anchored: bool) -> tuple[ValueT, dict[str, ValueT]]:
+    """Return the commonest value, and the others by expression for the module."""
+    counts = Counter(values.values())
+    common = max(counts, key=lambda value: (counts[value], value))
+    return common, {
+        f"^{re.escape(path)}" if anchored else path: value
+        for path, value in values.items()
+        if value != common
+    }
+
+
+def _alpha(factors: Factors, *, rslora: bool) -> float | None:
+    """Return the alpha from which PEFT's division gives exactly the scaling, if there is one."""
+    divisor = math.sqrt(factors.rank) if rslora else factors.rank
+    near = factors.scaling * divisor
+    if not abs(near) <= LARGEST_ALPHA:
+        return None
+    # The product is rounded, so the alpha wanted may be a neighbour of it, or the whole number by.
+    neighbours = (math.nextafter(near, -math.inf), math.nextafter(near, math.inf))
+    for alpha in (float(round(near)), near, *neighbours):
+        if (alpha / divisor).hex() == float(factors.scaling).hex():
+            whole = int(alpha)
+            return whole if float(whole).hex() == alpha.hex() else alpha
+    return None
