@@ -8,6 +8,7 @@ from pathlib import Path
 from unmerge.adapter import Adapter
 from unmerge.errors import AdapterError
 from unmerge.formats.base import AdapterFormat, describe, entries
+from unmerge.formats.checkpoint import CheckpointFormat
 from unmerge.formats.mlx import MlxFormat
 from unmerge.formats.peft import PeftFormat, read_peft
 from unmerge.formats.registry import FormatRegistration, Formats, default_formats
@@ -15,6 +16,7 @@ from unmerge.formats.registry import FormatRegistration, Formats, default_format
 __all__ = [
     "BUILTIN_FORMATS",
     "AdapterFormat",
+    "CheckpointFormat",
     "FormatRegistration",
     "Formats",
     "MlxFormat",
@@ -24,7 +26,7 @@ __all__ = [
     "read_peft",
 ]
 
-BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (PeftFormat, MlxFormat)
+BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (PeftFormat, CheckpointFormat, MlxFormat)
 """The formats that come with the framework; its plugin registers them as any other would."""
 
 
