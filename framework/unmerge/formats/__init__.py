@@ -9,6 +9,8 @@ from unmerge.adapter import Adapter
 from unmerge.errors import AdapterError
 from unmerge.formats.base import AdapterFormat, describe, entries
 from unmerge.formats.checkpoint import CheckpointFormat
+from unmerge.formats.diffusers import DiffusersFormat
+from unmerge.formats.kohya import KohyaFormat
 from unmerge.formats.mlx import MlxFormat
 from unmerge.formats.peft import PeftFormat, read_peft
 from unmerge.formats.registry import FormatRegistration, Formats, default_formats
@@ -17,8 +19,10 @@ __all__ = [
     "BUILTIN_FORMATS",
     "AdapterFormat",
     "CheckpointFormat",
+    "DiffusersFormat",
     "FormatRegistration",
     "Formats",
+    "KohyaFormat",
     "MlxFormat",
     "PeftFormat",
     "default_formats",
@@ -26,7 +30,13 @@ __all__ = [
     "read_peft",
 ]
 
-BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (PeftFormat, CheckpointFormat, MlxFormat)
+BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (
+    PeftFormat,
+    CheckpointFormat,
+    MlxFormat,
+    KohyaFormat,
+    DiffusersFormat,
+)
 """The formats that come with the framework; its plugin registers them as any other would."""
 
 
