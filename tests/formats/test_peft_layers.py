@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 import unmerge_bundle
+from layers import KINDS, Layers
 from unmerge_bundle import (
     AdapterFactorsEncoding,
     AdapterRecord,
@@ -33,32 +34,6 @@ DIGEST = f"sha256:{'0' * 64}"
 PREFIX = "base_model.model."
 
 
-class Layers(torch.nn.Module):
-    """One layer of every kind; what is compared are weights, so nothing runs through them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.tokens = torch.nn.Embedding(11, 6)
-            self.rows = torch.nn.Embedding(7, 4)
-            self.line = torch.nn.Conv1d(6, 5, 3)
-            self.square = torch.nn.Conv2d(4, 5, 3)
-            self.oblong = torch.nn.Conv2d(3, 4, (2, 3), stride=2, padding=1)
-            self.point = torch.nn.Conv2d(5, 7, 1)
-            self.volume = torch.nn.Conv3d(2, 3, (1, 2, 3))
-            self.out = torch.nn.Linear(7, 3)
-
-
-KINDS = {
-    "line": "conv1d:3",
-    "oblong": "conv2d:2x3",
-    "out": "linear",
-    "point": "conv2d:1x1",
-    "square": "conv2d:3x3",
-    "tokens": "embedding",
-    "volume": "conv3d:1x2x3",
-}
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"r": 3, "lora_alpha": 5},
     "patterns": {

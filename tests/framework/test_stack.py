@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -92,6 +94,35 @@ def test_narrowing_keeps_everything_of_one_module() -> None:
     assert torch.equal(one.ranks, stack.ranks[1:2])
     assert torch.equal(one.scalings, stack.scalings[1:2])
     assert one.A.data_ptr() == stack.A[1].data_ptr()
+
+
+def of_kind(kind: str, seed: int = 0) -> Factors:
+    return dataclasses.replace(factors(seed), kind=kind)
+
+
+def test_modules_of_one_shape_may_be_layers_of_several_kinds() -> None:
+    stack = FactorStack.build(
+        [
+            ("m.2", [("a", of_kind("embedding"))]),
+            ("m.0", [("a", of_kind("conv2d:2x2", 1)), ("b", of_kind("conv2d:2x2", 2))]),
+            ("m.1", [("b", factors())]),
+        ],
+        ["a", "b"],
+    )
+    assert stack.kinds == ("conv2d:2x2", "linear", "embedding")
+    assert [module.shape.kind for module in stack] == list(stack.kinds)
+    assert [f.kind for f in stack.module(0).factors] == ["conv2d:2x2", "conv2d:2x2"]
+    assert stack.narrow(2).kinds == ("embedding",)
+    assert stack.narrow(2).module(0).shape == stack.module(2).shape
+
+
+def test_adapters_that_disagree_on_the_kind_are_refused_by_name() -> None:
+    pairs = [("a", factors()), ("b", of_kind("conv2d:2x2")), ("c", of_kind("conv2d:2x2"))]
+    with pytest.raises(
+        IncompatibleAdaptersError,
+        match=r'^m: adapters disagree on the kind of layer: conv2d:2x2 in "b", linear in "a"; ',
+    ):
+        FactorStack.build([("m", pairs)], ["a", "b", "c"])
 
 
 def test_a_stack_without_any_adapter_is_refused() -> None:
