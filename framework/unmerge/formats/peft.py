@@ -9,12 +9,12 @@ from typing import ClassVar
 from unmerge.adapter import Adapter
 from unmerge.errors import AdapterError
 from unmerge.formats.base import AdapterFormat, describe
+from unmerge.formats.checks import adapter_name, own_name
 from unmerge.formats.files import load_pickled, load_safetensors, parse_json_object, read_bytes
 from unmerge.formats.peft_config import parse_config
 from unmerge.formats.peft_factors import read_factors, read_verbatim
 from unmerge.formats.peft_keys import CONFIG_FILE, sort_tensors
 from unmerge.formats.peft_write import SAFETENSORS_FILE, write_directory
-from unmerge_bundle.names import check_name
 
 __all__ = ["PeftFormat", "read_peft"]
 
@@ -96,7 +96,7 @@ def read_peft(directory: str | os.PathLike[str], *, name: str | None = None) -> 
     """
     place = Path(directory)
     _check_place(place)
-    name = _adapter_name(place, name)
+    name = adapter_name(own_name(place) if name is None else name, place)
     where = str(place / CONFIG_FILE)
     data = read_bytes(place / CONFIG_FILE)
     settings = parse_config(parse_json_object(data, where), where)
@@ -135,12 +135,3 @@ def _check_place(place: Path) -> None:
             f"{place}: the weights are missing; expected {SAFETENSORS_FILE} (or {PICKLE_FILE}), "
             f"found {describe(place)}; get them from where the configuration came from"
         )
-
-
-def _adapter_name(place: Path, name: str | None) -> str:
-    # Not resolve(): a link is called what its owner called it.
-    chosen = Path(os.path.abspath(place)).name if name is None else name  # noqa: PTH100
-    try:
-        return check_name(chosen)
-    except ValueError as error:
-        raise AdapterError(f"{place}: {error}") from error

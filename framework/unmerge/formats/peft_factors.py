@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from unmerge.adapter import Factors
-from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
-from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
+from unmerge.arrays import VERBATIM_DTYPES, dtype_name
+from unmerge.errors import AdapterError, UnsupportedAdapterError
 from unmerge.formats.base import excerpt
+from unmerge.formats.checks import build_factors, check_finite, shape_text
 from unmerge.formats.peft_config import LoraSettings
-from unmerge.formats.peft_keys import CONFIG_FILE, FACTOR_NAMES, PREFIX, shown_shape
-from unmerge_bundle.kinds import LINEAR, check_kind, kernel_of
+from unmerge.formats.peft_keys import CONFIG_FILE, FACTOR_NAMES, PREFIX
+from unmerge_bundle.kinds import EMBEDDING, LINEAR, check_kernel, check_kind, kernel_of
 
 __all__ = ["read_factors", "read_verbatim", "written_tensors"]
-
-_EMBEDDING = "embedding"
 
 
 def read_factors(
@@ -81,8 +79,12 @@ def read_verbatim(
         NonFiniteError: A tensor holds NaN or an infinity.
     """
     for key, tensor in others.items():
-        _check_dtype(tensor, VERBATIM_DTYPES, f"{weights}: {key}")
-        _check_finite(tensor, f'{key}: tensor of adapter "{name}"')
+        if tensor.dtype not in VERBATIM_DTYPES.values():
+            raise AdapterError(
+                f"{weights}: {key} is {dtype_name(tensor.dtype)}; expected one of "
+                f"{', '.join(VERBATIM_DTYPES)}; convert it and save again"
+            )
+        check_finite(tensor, f'{key}: tensor of adapter "{name}"')
     return dict(sorted(others.items()))
 
 
@@ -98,19 +100,14 @@ def written_tensors(path: str, factors: Factors) -> dict[str, torch.Tensor]:
         AdapterError: The kernel does not divide the factor's columns, or there is no such kind.
     """
     try:
-        kernel = kernel_of(check_kind(factors.kind))
+        check_kernel(factors.kind, factors.d_in)
     except ValueError as error:
         raise AdapterError(f"{path}: {error}; correct the adapter") from error
     A, B = factors.A, factors.B
-    if kernel:
-        if factors.d_in % math.prod(kernel):
-            raise AdapterError(
-                f"{path}: factor A has {factors.d_in} columns, no whole number of channels for "
-                f"{factors.kind}; correct the adapter"
-            )
+    if kernel := kernel_of(factors.kind):
         A = A.reshape(factors.rank, -1, *kernel)
         B = B.reshape(factors.d_out, factors.rank, *(1 for _ in kernel))
-    names = FACTOR_NAMES[factors.kind == _EMBEDDING]
+    names = FACTOR_NAMES[factors.kind == EMBEDDING]
     return {f"{PREFIX}{path}.{name}": tensor for name, tensor in zip(names, (A, B), strict=True)}
 
 
@@ -123,81 +120,50 @@ def _factors(
     *,
     embedding: bool,
 ) -> Factors:
-    for label, tensor in (("A", A), ("B", B)):
-        if tensor.ndim < 2 or tensor.ndim > (2 if embedding else 5) or 0 in tensor.shape:
-            more = "" if embedding else ", up to five in a convolution"
-            raise AdapterError(
-                f'{path}: factor {label} of adapter "{name}" has shape {shown_shape(tensor)}; '
-                f"expected two dimensions{more}, each above 0; it may be a shard that was saved "
-                "without being gathered"
-            )
-        _check_dtype(tensor, DTYPES, f'{path}: factor {label} of adapter "{name}"')
-    kernel = tuple(A.shape[2:])
-    if B.shape[2:] != (1,) * len(kernel) or A.shape[0] != B.shape[1]:
-        _refuse_groups(A, B, path, name)
-        raise AdapterError(
-            f'{path}: factors of adapter "{name}" do not fit: A is {shown_shape(A)}, '
-            f"B is {shown_shape(B)}; expected (rank, d_in) and (d_out, rank), in a "
-            "convolution (rank, channels, *kernel) and (d_out, rank, 1, …); the file is damaged, "
-            "save the adapter again"
-        )
+    kind = EMBEDDING
+    if not embedding:
+        kind = _kind(A, B, path, name)
+        # Row-major, as the weight of a convolution is taken for a matrix.
+        A, B = (tensor.flatten(1) if tensor.ndim > 2 else tensor for tensor in (A, B))
+    factors = build_factors(A, B, settings.scaling_of(path), path=path, adapter=name, kind=kind)
     rank = settings.rank_of(path)
-    if A.shape[0] != rank:
+    if factors.rank != rank:
         raise AdapterError(
-            f'{path}: factors of adapter "{name}" have rank {A.shape[0]}, {CONFIG_FILE} says '
+            f'{path}: factors of adapter "{name}" have rank {factors.rank}, {CONFIG_FILE} says '
             f"{excerpt(str(rank), 20)}; correct r or rank_pattern (its first matching key counts) "
             "to what the adapter was trained with"
         )
-    if A.dtype != B.dtype:
-        raise AdapterError(
-            f'{path}: factor A of adapter "{name}" is {dtype_name(A.dtype)}, factor B is '
-            f"{dtype_name(B.dtype)}; expected one dtype; convert both to the wider one"
-        )
-    for label, tensor in (("A", A), ("B", B)):
-        _check_finite(tensor, f'{path}: factor {label} of adapter "{name}"')
-    kind = _EMBEDDING if embedding else _kind(kernel, path)
-    return Factors(A=A.flatten(1), B=B.flatten(1), scaling=settings.scaling_of(path), kind=kind)
+    return factors
 
 
-def _refuse_groups(A: torch.Tensor, B: torch.Tensor, path: str, name: str) -> None:
-    """Refuse the factors PEFT makes for a convolution with groups: B has rank / groups columns."""
-    if A.ndim > 2 and B.shape[2:] == (1,) * (A.ndim - 2) and A.shape[0] % B.shape[1] == 0:
+def _kind(A: torch.Tensor, B: torch.Tensor, path: str, name: str) -> str:
+    """Return what layer factors of these shapes belong to, where that is not an embedding."""
+    if A.ndim <= 2 and B.ndim <= 2:
+        return LINEAR
+    kernel = tuple(A.shape[2:])
+    shapes = f"A is {shape_text(A)}, B is {shape_text(B)}"
+    # Before anything is divided, or written out whatever its length.
+    layer = 3 <= A.ndim == B.ndim <= 5 and 0 not in (*A.shape, *B.shape)
+    points = layer and B.shape[2:] == (1,) * len(kernel)
+    if points and A.shape[0] > B.shape[1] and A.shape[0] % B.shape[1] == 0:
         raise UnsupportedAdapterError(
             f'{path}: factors of adapter "{name}" are those of a convolution with '
-            f"{A.shape[0] // B.shape[1]} groups (A is {shown_shape(A)}, B is {shown_shape(B)}), "
-            "which is not supported: A reads all channels and the weight of a group only its own, "
-            "so there is no delta, and PEFT cannot merge it either; leave the module out",
+            f"{A.shape[0] // B.shape[1]} groups ({shapes}), which is not supported: A reads all "
+            "channels and the weight of a group only its own, so there is no delta, and PEFT "
+            "cannot merge it either; leave the module out",
             feature="convolution with groups",
         )
-
-
-def _kind(kernel: tuple[int, ...], path: str) -> str:
-    if not kernel:
-        return LINEAR
+    if not points or A.shape[0] != B.shape[1]:
+        raise AdapterError(
+            f'{path}: factors of adapter "{name}" do not fit: {shapes}; expected (rank, d_in) and '
+            "(d_out, rank), or of a convolution in up to three dimensions (rank, channels, "
+            "*kernel) and (d_out, rank, 1, …), all above 0; the file is damaged, save the adapter "
+            "again"
+        )
     try:
         return check_kind(f"conv{len(kernel)}d:{'x'.join(str(size) for size in kernel)}")
     except ValueError as error:
-        raise AdapterError(f"{path}: {error}; the file is damaged, save the adapter again") from (
-            error
-        )
-
-
-def _check_dtype(tensor: torch.Tensor, allowed: Mapping[str, torch.dtype], what: str) -> None:
-    if tensor.dtype not in allowed.values():
         raise AdapterError(
-            f"{what} is {dtype_name(tensor.dtype)}; expected one of {', '.join(allowed)}; "
-            "convert it and save again"
-        )
-
-
-def _check_finite(tensor: torch.Tensor, what: str) -> None:
-    if not tensor.is_floating_point():
-        return
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        bad = (~finite).nonzero()
-        first = ", ".join(str(int(index)) for index in bad[0])
-        raise NonFiniteError(
-            f"{what} holds {len(bad)} entries that are NaN or infinite, the first at [{first}]; "
-            "expected finite numbers only; the training diverged or the file is damaged"
-        )
+            f'{path}: factors of adapter "{name}" are of no layer there is: {error}; the file is '
+            "damaged, save the adapter again"
+        ) from error

@@ -9,8 +9,9 @@ import torch
 
 from unmerge.errors import AdapterError, UnsupportedAdapterError
 from unmerge.formats.base import excerpt
+from unmerge.formats.checks import module_path, shape_text
 from unmerge.formats.peft_config import LoraSettings
-from unmerge_bundle.names import check_key, check_module_path
+from unmerge_bundle.names import check_key
 
 __all__ = [
     "CONFIG_FILE",
@@ -18,7 +19,6 @@ __all__ = [
     "FACTOR_NAMES",
     "PREFIX",
     "REFUSED_TENSORS",
-    "shown_shape",
     "sort_tensors",
 ]
 
@@ -102,7 +102,7 @@ def sort_tensors(
         rest = f".{key.removeprefix(PREFIX)}"
         for name in _ALL_FACTOR_NAMES:
             if rest.endswith(f".{name}"):
-                path = _module_path(rest.removesuffix(f".{name}").removeprefix("."), key, weights)
+                path = module_path(rest.removesuffix(f".{name}").removeprefix("."), key, weights)
                 found.setdefault(path, {})[name] = tensor
                 break
         else:
@@ -115,21 +115,6 @@ def sort_tensors(
             raise AdapterError(f"{weights}: {error}; rename the module") from error
     _check_token_rows(others, settings, weights)
     return found, others
-
-
-def shown_shape(tensor: torch.Tensor) -> str:
-    """Return a tensor's shape as messages show it, cut off where it is too long."""
-    return excerpt(f"({', '.join(str(size) for size in tensor.shape)})")
-
-
-def _module_path(path: str, key: str, weights: Path) -> str:
-    try:
-        return check_module_path(path)
-    except ValueError as error:
-        raise AdapterError(
-            f'{weights}: tensor "{excerpt(key)}" names no module that can be stored: {error}; '
-            "rename the module, or wrap a base model that is a single layer"
-        ) from error
 
 
 def _check_explained(
@@ -208,6 +193,6 @@ def _check_token_rows(
         if tensor.ndim != 2 or tensor.shape[0] not in counts:
             wanted = " or ".join(str(count) for count in sorted(counts))
             raise AdapterError(
-                f"{weights}: the trained rows of {excerpt(path)} have shape {shown_shape(tensor)}, "
+                f"{weights}: the trained rows of {excerpt(path)} have shape {shape_text(tensor)}, "
                 f"expected ({wanted}, features) by trainable_token_indices; save the adapter again"
             )

@@ -32,6 +32,9 @@ __all__ = ["SAFETENSORS_FILE", "write_directory"]
 
 SAFETENSORS_FILE = "adapter_model.safetensors"
 
+# How sd-scripts and LyCORIS name modules. PEFT keeps "lora_" in names for its own, too.
+_JOINED_PATH = re.compile(r"(lora|lycoris)_")
+
 ValueT = TypeVar("ValueT", int, float)
 
 
@@ -96,11 +99,11 @@ def _first_difference(settings: LoraSettings, modules: Mapping[str, Factors]) ->
 
 def _check_paths(adapter: Adapter) -> None:
     for path in adapter.modules:
-        if any(part.startswith("lora_") for part in path.split(".")):
+        if _JOINED_PATH.match(path):
             raise UnsupportedAdapterError(
                 f'{path}: the module of adapter "{adapter.name}" (format {adapter.format}) cannot '
-                'be named for PEFT, which keeps names with "lora_" for its own; formats that join '
-                "the parts of a path by underscores do not say what the base model calls it",
+                "be named for PEFT: the name joins the parts of a path by underscores, which does "
+                "not say what the base model calls the module; keep the format",
                 feature=path,
             )
 
@@ -116,9 +119,9 @@ def _converted_verbatim(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict
             biases = True
             tensors[f"{PREFIX}{owner}.base_layer.bias"] = tensor
             continue
-        inside = any(f"{owner}.".startswith(f"{path}.") for path in adapter.modules)
-        if inside or not owner:
-            raise _no_place(adapter, key, "PEFT keeps whole modules only, and no adapted ones")
+        nested = any(_contains(owner, path) or _contains(path, owner) for path in adapter.modules)
+        if nested or not owner:
+            raise _no_place(adapter, key, "PEFT keeps whole modules, and none with adapted layers")
         parameters.setdefault(owner, set()).add(parameter)
         tensors[f"{PREFIX}{owner}.{parameter}"] = tensor
     for owner, names in parameters.items():
@@ -130,6 +133,10 @@ def _converted_verbatim(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict
         "bias": "lora_only" if biases else "none",
     }
     return tensors, changes
+
+
+def _contains(path: str, other: str) -> bool:
+    return f"{other}.".startswith(f"{path}.")
 
 
 def _no_place(adapter: Adapter, key: str, because: str) -> UnsupportedAdapterError:

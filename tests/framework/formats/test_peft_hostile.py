@@ -154,7 +154,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
             },
             bytes(8),
         ),
-        "has shape (1, 1, 1,",
+        "A is (1, 1, 1,",
     ),
     "negative offsets": (file({"a": entry(offsets=(-4, 0))}, bytes(4)), "invalid value"),
     "offsets in reverse": (file({"a": entry(offsets=(4, 0))}, bytes(4)), "invalid offset"),
