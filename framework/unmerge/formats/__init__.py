@@ -13,6 +13,7 @@ from unmerge.formats.diffusers import DiffusersFormat
 from unmerge.formats.kohya import KohyaFormat
 from unmerge.formats.mlx import MlxFormat
 from unmerge.formats.peft import PeftFormat, read_peft
+from unmerge.formats.peft_file import PeftFileFormat
 from unmerge.formats.registry import FormatRegistration, Formats, default_formats
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Formats",
     "KohyaFormat",
     "MlxFormat",
+    "PeftFileFormat",
     "PeftFormat",
     "default_formats",
     "read_adapter",
@@ -36,6 +38,7 @@ BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (
     MlxFormat,
     KohyaFormat,
     DiffusersFormat,
+    PeftFileFormat,
 )
 """The formats that come with the framework; its plugin registers them as any other would."""
 
