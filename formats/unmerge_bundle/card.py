@@ -119,8 +119,8 @@ def _format_lines(adapter: RestoredAdapter) -> list[str]:
     if adapter.format == PEFT:
         return []
     return [
-        f"- Original format: `{adapter.format}`; this directory is in PEFT's, with the module paths",
-        "  that the original's format has",
+        f"- Original format: `{adapter.format}`; this directory is in PEFT's, with the module",
+        "  paths that the original's format has",
     ]
 
 
