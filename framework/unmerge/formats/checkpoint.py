@@ -39,7 +39,7 @@ class CheckpointFormat(AdapterFormat):
         with exact truncation, see `unmerge.kernels.dense.leading_svd`; factors are rounded once.
         One matrix at a time: beside the adapter, Δ and what the SVD takes.
     Source: RMM (`docs/methods/rmm.md`), section 3.1, where the rank is fixed; `energy`, `error` and
-        what happens to other tensors are tuned.
+        what happens to other tensors are ours.
     """
 
     format: ClassVar[str] = "checkpoint"
@@ -66,7 +66,8 @@ class CheckpointFormat(AdapterFormat):
         default=("*",), description="patterns of the module paths that become low-rank"
     )
     heads: tuple[str, ...] = Field(
-        default=HEADS, description="first or second names of modules that one model may lack"
+        default=(),
+        description="further first or second names of modules that one of the models may lack",
     )
     base_model: str | None = Field(
         default=None, description="id of the base model; by default the checkpoint's _name_or_path"
@@ -117,7 +118,7 @@ class CheckpointFormat(AdapterFormat):
             keep=keep,
             dtype=DTYPES[self.dtype],
             patterns=self.modules,
-            heads=self.heads,
+            heads=(*HEADS, *self.heads),
         )
         reading.run()
         record = {

@@ -62,7 +62,7 @@ class Model:
         if not weights_files(directory):
             raise AdapterError(
                 f"{directory}: no {what} model; looked for {WEIGHTS[0]} or its index; found "
-                f"{describe(directory)}; pass the directory that the model was saved to"
+                f"{describe(directory)}; pass a local directory that the model was saved to"
             )
         self.directory = directory
         where = directory / CONFIG_FILE
