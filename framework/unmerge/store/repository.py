@@ -1,112 +1,146 @@
-"""The Icechunk repository under a store: creating, opening, locking, versions and tags."""
+"""The Icechunk repository under a store: opening, transactions, versions, tags, collection."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
-import inspect
 import os
-import shutil
+import random
+import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeVar
 
 import icechunk
 import zarr
-from filelock import FileLock
 
-from unmerge.errors import StoreError, StoreExistsError, UnknownVersionError, UnmergeError
+from unmerge.errors import ConfigError, StoreError, UnknownVersionError
+from unmerge.store.engine import BRANCH
+from unmerge.store.failures import backend, is_failure, reason
+from unmerge.store.local import LocalPlace
 from unmerge.store.records import Version
+from unmerge.store.remote import S3Place
 
-_BRANCH = "main"
-# Icechunk lists only its own folders, so a file beside them is never taken for data.
-_LOCK_NAME = "unmerge.lock"
+__all__ = ["GarbageReport", "StoreRepository", "backend", "is_failure", "reason"]
+
+T = TypeVar("T")
+
+# `pathlib.Path` makes `s3:/bucket` of `s3://bucket`. One letter would be a drive of Windows.
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 _SHORTEST_PREFIX = 6
-_SETTLING_SECONDS = 0.05
+_ID_LENGTH = 20
+# Metadata of a commit, by which its writer recognises it again.
+_TRANSACTION = "unmerge_transaction"
+_FIRST_DELAY, _LONGEST_DELAY = 0.02, 2.0
+# Refusals in a row of a commit that nobody else's commit explains.
+_PATIENCE = 5
+
+
+class Place(Protocol):
+    """Where a repository lies, and what differs between a local disk and an object store."""
+
+    address: str
+    longest_transaction: timedelta | None
+
+    def open(self) -> icechunk.Repository:
+        """Open the repository, creating nothing."""
+
+    def create(self, initialise: Callable[[zarr.Group], None]) -> None:
+        """Create the repository with a first version."""
+
+    def lock(self) -> AbstractContextManager[object]:
+        """Return what keeps other writers out, if that is needed."""
+
+    def cutoff(self, older_than: datetime | None, *, force: bool) -> datetime:
+        """Return before when an unreferenced object may be collected."""
+
+    def check_tags(self, tags: Iterable[str]) -> None:
+        """Check that Icechunk lists every tag there is."""
+
+    def sweep(self, cutoff: datetime) -> tuple[int, int]:
+        """Delete what Icechunk does not know of; return objects and bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageReport:
+    """What a collection reclaimed.
+
+    Attributes:
+        objects: Objects deleted: chunks, manifests, snapshots, unfinished files.
+        bytes: Their bytes.
+    """
+
+    objects: int
+    bytes: int
 
 
 class StoreRepository:
-    """One Icechunk repository in a local directory.
+    """One Icechunk repository, in a local directory or on S3.
 
     Attributes:
-        path: The directory, as the caller wrote it.
+        address: The directory as the caller wrote it, or `s3://bucket/prefix`.
     """
 
-    def __init__(self, path: Path, repository: icechunk.Repository) -> None:
-        self.path = path
-        # Absolute now: a later change of directory must not move the lock away from the data.
-        self._lock_path = path.absolute() / _LOCK_NAME
+    def __init__(self, place: Place, repository: icechunk.Repository) -> None:
+        """Use `create` or `open` instead."""
+        self.address = place.address
+        self._place = place
         self._repository = repository
 
     @classmethod
-    def create(cls, path: Path, initialise: Callable[[zarr.Group], None]) -> StoreRepository:
-        """Create a repository whose first version holds what `initialise` writes.
+    def create(
+        cls, address: str | os.PathLike[str], initialise: Callable[[zarr.Group], None]
+    ) -> StoreRepository:
+        """Create a repository whose first version holds what `initialise` writes, and open it.
 
-        It is built beside `path` and renamed, so that `path` holds a whole store or none.
+        A creation that was interrupted can be repeated. Of several at once one succeeds.
 
         Raises:
-            StoreExistsError: `path` is there and not an empty directory.
-            StoreError: The directory cannot be written.
+            StoreExistsError: Something is there already.
+            StoreError: The address is no directory and no `s3://bucket/prefix`, or writing failed.
         """
-        with backend(f"{path}: cannot create a store"):
-            _check_vacant(path)
-            target = path.absolute()
-            missing = [folder for folder in target.parents if not folder.exists()]
-            partial = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                # A directory that cannot be made is an error here; Icechunk would panic over it
-                # and print a backtrace.
-                partial.mkdir()
-                repository = _create(partial)
-                session = repository.writable_session(_BRANCH)
-                initialise(zarr.create_group(session.store, zarr_format=3))
-                session.commit("create store")
-                del session, repository
-                _move(partial, target)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                for folder in missing:
-                    with contextlib.suppress(OSError):  # somebody else's files may be in it by now
-                        folder.rmdir()
-                # Somebody else may have created the store between the check and the rename.
-                _check_vacant(path)
-                raise
-        return cls.open(path)
+        place = _place(address)
+        with backend(f"{place.address}: cannot create a store"):
+            place.create(initialise)
+        return cls._open(place)
 
     @classmethod
-    def open(cls, path: Path) -> StoreRepository:
-        """Open the repository at `path`, creating nothing.
+    def open(cls, address: str | os.PathLike[str]) -> StoreRepository:
+        """Open the repository at a local directory or at `s3://bucket/prefix`, creating nothing.
 
         Raises:
-            StoreError: There is none.
+            StoreError: There is none, or it cannot be reached.
         """
-        with backend(f"{path}: cannot open the store"):
-            if not path.is_dir():
-                what = "is a file" if path.exists() else "does not exist"
-                raise StoreError(f"{path}: {what}, expected the directory of an adapter store")
-            storage = _storage(path.absolute())
-            if not icechunk.Repository.exists(storage):
-                raise StoreError(
-                    f"{path}: is no adapter store; create one with AdapterStore.create "
-                    "(unmerge init on the command line)"
-                )
-            return cls(path, icechunk.Repository.open(storage))
+        return cls._open(_place(address))
 
-    def lock(self) -> FileLock:
-        """Return a lock that excludes every other writer, in any process of this machine.
+    @classmethod
+    def _open(cls, place: Place) -> StoreRepository:
+        with backend(f"{place.address}: cannot open the store"):
+            return cls(place, place.open())
 
-        Without it Icechunk loses acknowledged commits on a local disk. The wait has no limit: the
-        system releases the lock of a process that ends, so a holder is always a live writer.
+    @property
+    def path(self) -> Path:
+        """The local directory.
+
+        Raises:
+            StoreError: The repository is not on a local disk.
         """
-        return FileLock(self._lock_path)
+        if not isinstance(self._place, LocalPlace):
+            raise StoreError(f"{self.address}: is no local directory")
+        return self._place.path
+
+    def lock(self) -> AbstractContextManager[object]:
+        """Return a lock that excludes every other writer of this machine; nothing on S3."""
+        return self._place.lock()
 
     def tip(self) -> str:
         """Return the id of the newest version."""
-        return self._repository.lookup_branch(_BRANCH)
+        return self._repository.lookup_branch(BRANCH)
 
     def read(self, version: str) -> zarr.Group:
         """Return the root group of one version, read-only."""
@@ -118,17 +152,123 @@ class StoreRepository:
         return zarr.open_group(session.store, mode="r+", zarr_format=3, use_consolidated=False)
 
     def session(self) -> icechunk.Session:
-        """Return a new session that writes on top of the newest version; hold the lock."""
-        return self._repository.writable_session(_BRANCH)
+        """Return a new session that writes on top of the newest version; see `transact`."""
+        return self._repository.writable_session(BRANCH)
 
-    def history(self, version: str) -> list[Version]:
-        """Return `version` and those before it, newest first."""
+    def transact(self, write: Callable[[zarr.Group, str], T], message: str) -> tuple[str, T]:
+        """Write one version on top of the newest, whatever other writers do meanwhile.
+
+        On a local disk writers queue. On S3 they do not: one whose commit comes too late starts
+        again on top of the newer version, so `write` may be called several times and must do the
+        same each time, checks included. Each refusal means that somebody else's commit succeeded.
+
+        Args:
+            write: Called with the root group, to be changed, and the id of the version it shows.
+            message: What was done, for the history.
+
+        Returns:
+            The id of the version written and what `write` returned. Where `write` changed nothing,
+            none is written and the id is that of the version it was called with.
+
+        Raises:
+            StoreError: Writing failed, and the newest version is as it was; or the connection
+                broke at the last moment, and the message says that the outcome is unknown.
+            BaseException: Whatever `write` raises; nothing is written then.
+        """
+        with self._writing():
+            refusals = unexplained = 0
+            while True:
+                with backend(f"{self.address}: cannot commit"):
+                    session = self.session()
+                    base = session.snapshot_id
+                    root = self.root(session)
+                began = time.monotonic()
+                value = write(root, base)
+                self._check_duration(time.monotonic() - began)
+                with backend(f"{self.address}: cannot commit"):
+                    if not session.has_uncommitted_changes:
+                        return base, value
+                    version = self._commit(session, base, message)
+                    if version is not None:
+                        return version, value
+                    refusals += 1
+                    unexplained = unexplained + 1 if self.tip() == base else 0
+                    if unexplained == _PATIENCE:
+                        raise StoreError(
+                            f"{self.address}: cannot commit: refused {_PATIENCE} times as too late "
+                            f"though {base} is still the newest version; check the server"
+                        )
+                longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** min(refusals, 10))
+                # Not the module's generator: processes that were forked share its state, and
+                # would all wait equally long.
+                time.sleep(random.SystemRandom().uniform(0, longest))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as held:
+            with backend(f"{self.address}: cannot lock the store"):
+                held.enter_context(self.lock())
+            yield
+
+    def _check_duration(self, seconds: float) -> None:
+        longest = self._place.longest_transaction
+        if longest is not None and seconds > longest.total_seconds():
+            raise StoreError(
+                f"{self.address}: writing took {seconds / 3600:.1f} hours, expected at most "
+                f"{longest.total_seconds() / 3600:.0f}: what was written first may have been "
+                "collected as garbage, so nothing is committed; commit less at a time"
+            )
+
+    def _commit(self, session: icechunk.Session, base: str, message: str) -> str | None:
+        """Commit and return the version's id, or None if somebody else was faster.
+
+        Raises:
+            StoreError: The commit was acknowledged but is not in the history.
+        """
+        mark = uuid.uuid4().hex
+        try:
+            version = session.commit(message, metadata={_TRANSACTION: mark})
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            # A write whose answer was lost is sent again and then refused, because of the version
+            # it wrote itself: what an error means is seen in the history only.
+            try:
+                landed = self._landed(mark, base)
+            except Exception as second:
+                raise StoreError(
+                    f"{self.address}: whether the commit succeeded is unknown: {reason(error)}; "
+                    "look at the history (unmerge log on the command line) before committing again"
+                ) from second
+            if landed is None and not isinstance(error, icechunk.ConflictError):
+                raise
+            return landed
+        if self.tip() != version and self._landed(mark, base) is None:
+            raise StoreError(
+                f"{self.address}: version {version} was acknowledged and is not in the history: "
+                "the server does not honour conditional writes, so it can hold no store that "
+                "several people write to; commit again, and move the store to another server"
+            )
+        return version
+
+    def _landed(self, mark: str, base: str) -> str | None:
+        """Return the version written since `base` by the transaction of that mark, if any."""
+        for entry in self._repository.ancestry(branch=BRANCH):
+            if entry.metadata.get(_TRANSACTION) == mark:
+                return entry.id
+            if entry.id == base:
+                break
+        return None
+
+    def history(self, version: str, *, limit: int | None = None) -> list[Version]:
+        """Return `version` and those before it, newest first, at most `limit` of them."""
         tags: dict[str, list[str]] = {}
         for name, tagged in self.tags().items():
             tags.setdefault(tagged, []).append(name)
-        ancestry = list(self._repository.ancestry(snapshot_id=version))
-        # The oldest is Icechunk's own, from before the store's first commit: it holds nothing.
-        roots = {entry.id for entry in ancestry if entry.parent_id is None}
+        # One more, to know whether the last one's parent is Icechunk's own version.
+        stop = None if limit is None else limit + 1
+        entries = list(islice(self._repository.ancestry(snapshot_id=version), stop))
+        roots = {entry.id for entry in entries if entry.parent_id is None}
         return [
             Version(
                 id=entry.id,
@@ -137,7 +277,7 @@ class StoreRepository:
                 written_at=entry.written_at,
                 tags=tuple(tags.get(entry.id, ())),
             )
-            for entry in ancestry
+            for entry in entries[:limit]
             if entry.id not in roots
         ]
 
@@ -147,8 +287,42 @@ class StoreRepository:
         return {name: repository.lookup_tag(name) for name in sorted(repository.list_tags())}
 
     def tag(self, name: str, version: str) -> None:
-        """Give `version` a further name."""
-        self._repository.create_tag(name, version)
+        """Give `version` a further name, for ever.
+
+        Raises:
+            StoreError: The name is that of another version, or was that of a deleted tag.
+            UnknownVersionError: There is no such version.
+        """
+        with self._writing(), backend(f'{self.address}: cannot write tag "{name}"'):
+            if version not in set(self._versions()):
+                raise UnknownVersionError(f"{self.address}: there is no version {version}")
+            try:
+                self._repository.create_tag(name, version)
+            except icechunk.IcechunkError as error:
+                tags = self.tags()
+                if tags.get(name) == version:  # ours: its answer was lost, and it was sent again
+                    return
+                if name not in tags and "already exists" not in str(error):
+                    raise
+                owner = f"names version {tags[name]}" if name in tags else "was deleted"
+                raise StoreError(
+                    f'{self.address}: tag "{name}" already {owner}; '
+                    "tags never move: choose another name"
+                ) from error
+
+    def delete_tag(self, name: str) -> None:
+        """Delete a tag; its name stays taken, so that it can never come to mean another version.
+
+        Raises:
+            UnknownVersionError: There is no such tag.
+        """
+        with self._writing(), backend(f'{self.address}: cannot delete tag "{name}"'):
+            if name not in (tags := self._repository.list_tags()):
+                raise UnknownVersionError(
+                    f'{self.address}: there is no tag "{name}"; '
+                    f"tags are: {', '.join(sorted(tags)) or 'none'}"
+                )
+            self._repository.delete_tag(name)
 
     def resolve(self, version: str) -> str:
         """Return the full id of a tag, an id, or an unambiguous beginning of one.
@@ -159,93 +333,122 @@ class StoreRepository:
         tags = self.tags()
         if version in tags:
             return tags[version]
-        ids = [entry.id for entry in self.history(self.tip())]
-        matches = [known for known in ids if known.startswith(version.upper())]
-        if len(version) >= _SHORTEST_PREFIX and len(matches) == 1:
-            return matches[0]
+        matches: set[str] = set()
         if len(version) < _SHORTEST_PREFIX:
             problem = f"and an id needs at least {_SHORTEST_PREFIX} characters"
-        elif matches:
-            problem = f"and several ids begin so: {', '.join(matches)}"
         else:
+            for known in self._versions():
+                if known.startswith(version.upper()):
+                    matches.add(known)
+                    if len(version) == _ID_LENGTH:  # no need to look at the rest of the history
+                        break
+            if len(matches) == 1:
+                return matches.pop()
             problem = "and no version's id begins so"
+            if matches:
+                problem = f"and several ids begin so: {', '.join(sorted(matches))}"
         raise UnknownVersionError(
-            f'{self.path}: "{version}" is no tag {problem}; tags are: {", ".join(tags) or "none"}; '
+            f'{self.address}: "{version}" is no tag {problem}; '
+            f"tags are: {', '.join(tags) or 'none'}; "
             "ids are in the store's history (unmerge log on the command line)"
         )
 
+    def expire(self, older_than: datetime) -> list[str]:
+        """Forget versions written before a date; the newest and the tagged ones stay.
 
-@contextlib.contextmanager
-def backend(what: str) -> Iterator[None]:
-    """Turn whatever Zarr, Icechunk or the disk raises into a `StoreError` that begins with `what`.
+        They leave the history at once. What only they held is deleted by `collect_garbage`; until
+        then a store that is open at one of them can still be read. The history of a version that
+        stays ends where a forgotten one would follow.
 
-    Damaged data makes them raise nearly anything (KeyError, TypeError, a panic of the Rust side),
-    so no list of classes would be complete.
-    """
-    try:
-        yield
-    except UnmergeError:
-        raise
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        raise StoreError(f"{what}: {reason(error)}") from error
+        Args:
+            older_than: With a time zone.
 
+        Returns:
+            The ids of the versions forgotten, sorted.
 
-def is_failure(error: BaseException) -> bool:
-    """Return whether something failed, rather than a person or the interpreter asking to stop."""
-    # PyO3 derives the exception of a panic from BaseException and exports no class to catch.
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        Raises:
+            ConfigError: `older_than` has no time zone.
+        """
+        _check_zone(older_than)
+        with self._writing(), backend(f"{self.address}: cannot forget versions"):
+            before = set(self._versions())
+            self._repository.expire_snapshots(older_than)
+            # The snapshots in Icechunk's cache still have the parents that were cut off.
+            self._repository = self._place.open()
+            return sorted(before - set(self._versions()))
 
+    def collect_garbage(
+        self, *, older_than: datetime | None = None, force: bool = False
+    ) -> GarbageReport:
+        """Delete what no version references: of failed and killed commits, and after `expire`.
 
-def reason(error: BaseException) -> str:
-    """Return what an exception says, in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" |")]
-    # Icechunk prints a tree: its first line says what happened, the rest where in its sources.
-    text = lines[0].removeprefix("x ").rstrip(".") if lines else ""
-    # A panic prints that tree on one line.
-    text = text.partition(", context: SpanTrace")[0]
-    return text or type(error).__name__
+        Args:
+            older_than: Keep younger objects; with a time zone. By default, on a local disk, where
+                the lock keeps writers out, nothing is kept; on S3, where a commit may be under
+                way, what is younger than 24 hours is.
+            force: Take a later `older_than` on S3 as well. A commit under way would be lost.
 
+        Returns:
+            What was deleted.
 
-def _check_vacant(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise StoreExistsError(
-            f"{path}: already exists and is not an empty directory; "
-            "choose another path, or open the store that is there"
+        Raises:
+            ConfigError: `older_than` has no time zone, or is too late without `force`.
+            StoreError: Something that a version references cannot be read; nothing is deleted.
+        """
+        if older_than is not None:
+            _check_zone(older_than)
+        with self._writing(), backend(f"{self.address}: cannot collect garbage"):
+            cutoff = self._place.cutoff(older_than, force=force)
+            # Fresh: what others have written since this repository was opened is not in its cache.
+            self._repository = self._place.open()
+            self._place.check_tags(self._repository.list_tags())
+            summary = self._repository.garbage_collect(cutoff)
+            objects, size = self._place.sweep(cutoff)
+        return GarbageReport(
+            objects=objects
+            + summary.chunks_deleted
+            + summary.manifests_deleted
+            + summary.snapshots_deleted
+            + summary.attributes_deleted
+            + summary.transaction_logs_deleted,
+            bytes=size + summary.bytes_deleted,
         )
 
-
-def _create(path: Path) -> icechunk.Repository:
-    options: dict[str, Any] = {}
-    # Icechunk 2 writes its newer format by default, which Icechunk 1 cannot read.
-    if "spec_version" in inspect.signature(icechunk.Repository.create).parameters:
-        options["spec_version"] = 1
-    return icechunk.Repository.create(_storage(path), **options)
-
-
-def _storage(path: Path) -> icechunk.Storage:
-    # It warns on every open that concurrent commits are not safe; `lock` is what makes them so.
-    if "ICECHUNK_LOG" not in os.environ:
-        icechunk.set_logs_filter("error")
-    _settle_at_exit()
-    return icechunk.local_filesystem_storage(os.fspath(path))
+    def _versions(self) -> Iterator[str]:
+        """Yield the id of every version, some twice: the newest and those before it, the tagged."""
+        for start in (self.tip(), *self.tags().values()):
+            for entry in self._repository.ancestry(snapshot_id=start):
+                if entry.parent_id is not None:  # Icechunk's own, from before the first version
+                    yield entry.id
 
 
-@functools.cache
-def _settle_at_exit() -> None:
-    """Let Icechunk's threads come to rest before the interpreter goes, once per process.
+def _check_zone(moment: datetime) -> None:
+    if moment.tzinfo is None:
+        raise ConfigError(f"older_than is {moment.isoformat()}, expected a time with a time zone")
 
-    After its result has arrived, the thread that delivered it still needs the interpreter for a
-    moment; should that be shutting down by then, the process aborts (SIGABRT), with all work done
-    (PyO3/pyo3-async-runtimes issue 40). Sleeping gives that moment.
+
+def _place(address: str | os.PathLike[str]) -> Place:
+    """Read an address.
+
+    Raises:
+        StoreError: It is neither a usable path nor `s3://bucket/prefix`.
     """
-    atexit.register(time.sleep, _SETTLING_SECONDS)
-
-
-def _move(partial: Path, target: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        target.rmdir()  # an empty directory: Windows would not rename onto it
-    partial.rename(target)
+    text = os.fspath(address)
+    if text.startswith("s3://"):
+        return S3Place(text)
+    if "://" in text or _ADDRESS.match(text):
+        hint = "; give it as text, pathlib takes a slash away" if text.startswith("s3:") else ""
+        raise StoreError(
+            f"{text}: is an address of a kind that holds no store, "
+            f"expected a local directory or s3://bucket/prefix{hint}"
+        )
+    try:
+        usable = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        usable = False
+    if not usable:
+        raise StoreError(
+            f"{text!r}: no path can hold a NUL or a character that the file system's encoding "
+            "lacks, expected a local directory"
+        )
+    return LocalPlace(Path(text))

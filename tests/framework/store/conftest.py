@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import s3
 from unmerge.adapter import Adapter, Factors
 from unmerge.store import AdapterStore
 
@@ -104,3 +106,20 @@ def filled(store: AdapterStore) -> AdapterStore:
     store.add(_make("chat", rank=3, dtype=torch.bfloat16, paths=PATHS[:1]))
     store.commit("first import")
     return store
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[s3.Server]:
+    """A real S3 server, started once."""
+    with s3.serve() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_address(s3_server: s3.Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An unused address on that server, which the environment leads to."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.address()

@@ -277,7 +277,7 @@ def test_a_directory_without_permission(tmp_path: Path, monkeypatch: pytest.Monk
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    monkeypatch.setattr("unmerge.store.repository._create", lambda path: pytest.fail("too late"))
+    monkeypatch.setattr("unmerge.store.local.create_empty", lambda storage: pytest.fail("late"))
     with pytest.raises(StoreError, match="cannot create a store: Permission denied"):
         AdapterStore.create(tmp_path / "zoo")
 
