@@ -249,7 +249,8 @@ def test_every_error_is_listed_with_its_code() -> None:
 
 
 def test_every_hook_is_documented() -> None:
-    guide = (ROOT / "docs" / "writing-a-merger.md").read_text(encoding="utf-8")
+    pages = [ROOT / "docs" / name for name in ("writing-a-merger.md", "adapters.md")]
+    guide = "".join(page.read_text(encoding="utf-8") for page in pages)
     hooks = [name for name in vars(hookspecs) if name.startswith("unmerge_")]
     assert hooks
     for hook in hooks:

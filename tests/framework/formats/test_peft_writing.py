@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -400,6 +400,7 @@ names = st.sampled_from(["q", "k", "q_proj", "0", "1", "attn", "layers", "a-b"])
 paths = st.lists(names, min_size=1, max_size=4).map(".".join)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
         paths,
