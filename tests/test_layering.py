@@ -60,8 +60,8 @@ LAYERS = (
     ("demo",),
     ("cli",),
 )
-LAZY_ONLY = {"transformers", "peft", "matplotlib", "pytest", "hypothesis"}
-MAY_BE_LAZY = {"demo.py", "plot.py", "suites.py", "generators.py"}
+LAZY_ONLY = {"transformers", "peft", "huggingface_hub", "matplotlib", "pytest", "hypothesis"}
+MAY_BE_LAZY = {"demo.py", "hub.py", "plot.py", "suites.py", "generators.py"}
 
 
 def sources(package: str) -> list[Path]:

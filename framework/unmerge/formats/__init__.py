@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from unmerge.adapter import Adapter
@@ -10,6 +11,7 @@ from unmerge.errors import AdapterError
 from unmerge.formats.base import AdapterFormat, describe, entries
 from unmerge.formats.checkpoint import CheckpointFormat
 from unmerge.formats.diffusers import DiffusersFormat
+from unmerge.formats.hub import download, hub_address
 from unmerge.formats.kohya import KohyaFormat
 from unmerge.formats.mlx import MlxFormat
 from unmerge.formats.peft import PeftFormat, read_peft
@@ -47,14 +49,20 @@ def read_adapter(
     path: str | os.PathLike[str],
     *,
     name: str | None = None,
+    revision: str | None = None,
     format: str | AdapterFormat | None = None,  # noqa: A002 - the field's word, as in `Adapter`
     formats: Formats | None = None,
 ) -> Adapter:
     """Read the adapter at `path`, whatever its format.
 
     Args:
-        path: Where the adapter is: a directory or a file.
-        name: The adapter's name; by default derived from `path` (a directory's own name).
+        path: Where the adapter is: a directory or a file; or, as text, an id on the Hugging Face
+            hub: `org/name`, `org/name@revision`, or `hf://org/name@revision/path/in/it`. What
+            is there as a local path is never looked for on the hub.
+        name: The adapter's name; by default derived from `path` (a directory's own name, or the
+            last part of an id).
+        revision: Branch, tag or commit of the adapter's repository on the hub; its main branch
+            unless given. The commit it stands for is recorded in `Adapter.source`.
         format: The format, by name or built with its options; recognised unless given.
         formats: The formats there are; all installed ones unless given.
 
@@ -62,17 +70,33 @@ def read_adapter(
         The adapter, its tensors mapped from the file where the format allows it.
 
     Raises:
-        AdapterError: No format or several formats recognise `path`, or the adapter is malformed.
+        AdapterError: No format or several formats recognise `path`, the adapter is malformed, or
+            it cannot be had from the hub.
+        ConfigError: A revision is given for a local path, or twice.
         UnknownFormatError: There is no format of that name.
         UnsupportedAdapterError: It uses a feature that is refused, see `docs/adapters.md`.
         NonFiniteError: A tensor holds NaN or an infinity.
     """
     known = default_formats() if formats is None else formats
+    chosen = known.build(format) if isinstance(format, str) else format
+    # A path object is a path: only text can be an id.
+    address = hub_address(os.fspath(path), revision, local=not isinstance(path, str))
+    if address is None:
+        return _read_local(path, name, chosen, known)
+    found = download(address, checkpoint=isinstance(chosen, CheckpointFormat))
+    adapter = _read_local(found.path, address.name if name is None else name, chosen, known)
+    return replace(adapter, source=found.source)
+
+
+def _read_local(
+    path: str | os.PathLike[str],
+    name: str | None,
+    chosen: AdapterFormat | None,
+    known: Formats,
+) -> Adapter:
     place = Path(path)
-    if isinstance(format, AdapterFormat):
-        return format.read(place, name)
-    if format is not None:
-        return known.build(format).read(place, name)
+    if chosen is not None:
+        return chosen.read(place, name)
     matching = known.recognising(place)
     if len(matching) > 1:
         several = ", ".join(sorted(candidate.format for candidate in matching))
