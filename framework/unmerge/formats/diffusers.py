@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from unmerge.adapter import Adapter
+from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterError, UnsupportedAdapterError
 from unmerge.formats.base import AdapterFormat
 from unmerge.formats.checks import adapter_name, own_name, save_tensors
@@ -28,9 +27,9 @@ from unmerge.formats.diffusers_keys import (
 from unmerge.formats.files import load_safetensors, parse_json_object, read_header
 from unmerge.formats.kohya import KohyaFormat, is_kohya
 from unmerge.formats.peft_config import LoraSettings, parse_config
+from unmerge.formats.peft_write import converted_config
 from unmerge.formats.single_file import (
     FileRecord,
-    alpha_for,
     check_convertible,
     check_scaling,
     factors_of,
@@ -49,8 +48,6 @@ SETTINGS = "lora_adapter_metadata"
 
 # What PEFT's LoraConfig has where the settings in a file leave a field out.
 _DEFAULTS: Mapping[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
-
-ValueT = TypeVar("ValueT", int, float)
 
 
 class DiffusersFormat(AdapterFormat):
@@ -155,7 +152,7 @@ class DiffusersFormat(AdapterFormat):
         Raises:
             UnsupportedAdapterError: The adapter holds verbatim tensors or embeddings; a module's
                 path begins with no part of the pipeline and `component` is not given, or is
-                flattened as in kohya's format; a scaling is no alpha over the rank.
+                flattened as in kohya's format; PEFT can compute a scaling from no alpha.
             AdapterError: The configuration is not that of the adapter.
             OSError: The disk refuses.
         """
@@ -280,46 +277,18 @@ def _scaling(
 
 def _converted_record(adapter: Adapter, names: Mapping[str, str]) -> FileRecord:
     """Return the record of the file that another format's adapter becomes."""
-    ranks: dict[str, dict[str, int]] = {}
-    alphas: dict[str, dict[str, float]] = {}
+    parts: dict[str, dict[str, Factors]] = {}
     for path, factors in adapter.modules.items():
-        alpha = alpha_for(factors.scaling, factors.rank)
-        if alpha is None:
-            raise UnsupportedAdapterError(
-                f'{path}: adapter "{adapter.name}" cannot be written as diffusers: its scaling '
-                f"{factors.scaling!r} is no alpha divided by the rank {factors.rank}; export it in "
-                "its own format",
-                feature="scaling",
-            )
         component, _, inner = names[path].partition(".")
-        ranks.setdefault(component, {})[inner] = factors.rank
-        whole = alpha.is_integer()
-        alphas.setdefault(component, {})[inner] = int(alpha) if whole else alpha
-    settings: dict[str, Any] = {}
-    for component in ranks:
-        rank, rank_pattern = _pattern(ranks[component])
-        alpha, alpha_pattern = _pattern(alphas[component])
-        fields = {
-            "alpha_pattern": alpha_pattern,
-            "base_model_name_or_path": adapter.base_model,
-            "lora_alpha": alpha,
-            "peft_type": "LORA",
-            "r": rank,
-            "rank_pattern": rank_pattern,
-            "revision": adapter.revision,
-            "target_modules": sorted(ranks[component]),
-        }
-        settings |= {f"{component}.{name}": value for name, value in fields.items()}
-    text = json.dumps(settings, indent=2, sort_keys=True)
+        parts.setdefault(component, {})[inner] = factors
+    packed: dict[str, Any] = {}
+    for component, modules in parts.items():
+        part = replace(adapter, modules=modules)
+        # diffusers hands these fields to PEFT as they are, so PEFT's own rules find them.
+        fields = parse_json_object(converted_config(part, {}), f"settings of {component}")
+        packed |= {f"{component}.{name}": value for name, value in fields.items()}
+    text = json.dumps(packed, indent=2, sort_keys=True)
     return FileRecord(file=FILE, metadata={"format": "pt", SETTINGS: text})
-
-
-def _pattern(values: Mapping[str, ValueT]) -> tuple[ValueT, dict[str, ValueT]]:
-    """Return the most frequent value, and the others by an expression for their module alone."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    # Anchored, because PEFT lets a pattern match the end of a longer path too.
-    others = {f"^{re.escape(path)}": value for path, value in values.items() if value != common}
-    return common, others
 
 
 def _only(values: Iterable[str | None]) -> str | None:

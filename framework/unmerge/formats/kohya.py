@@ -24,7 +24,6 @@ from unmerge.formats.files import Header, load_safetensors, parse_json_object, r
 from unmerge.formats.single_file import (
     Alpha,
     FileRecord,
-    alpha_for,
     check_convertible,
     check_scaling,
     factors_of,
@@ -258,8 +257,9 @@ def _scaling(alpha: Alpha | None, rank: int) -> float:
 def _converted_record(adapter: Adapter) -> FileRecord:
     alphas = {}
     for path, factors in adapter.modules.items():
-        exact = alpha_for(factors.scaling, factors.rank)
-        alpha = 0.0 if exact is None else float(torch.tensor(exact, dtype=torch.float32))
+        # An alpha that gives this scaling is the product, but for roundings far below float32's.
+        product = torch.tensor(factors.scaling * factors.rank, dtype=torch.float32)
+        alpha = float(product)
         # Not 0 either, which sd-scripts reads as "the rank".
         if alpha == 0 or alpha / factors.rank != factors.scaling:
             raise UnsupportedAdapterError(

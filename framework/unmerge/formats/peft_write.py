@@ -28,7 +28,7 @@ from unmerge.formats.peft_keys import CONFIG_FILE, PREFIX
 from unmerge_bundle.blob import Held, write_safetensors
 from unmerge_bundle.publish import write_file
 
-__all__ = ["SAFETENSORS_FILE", "write_directory"]
+__all__ = ["SAFETENSORS_FILE", "converted_config", "write_directory"]
 
 SAFETENSORS_FILE = "adapter_model.safetensors"
 
@@ -57,7 +57,7 @@ def write_directory(adapter: Adapter, directory: Path, *, native: bool) -> None:
     else:
         _check_paths(adapter)
         verbatim, changes = _converted_verbatim(adapter)
-        config = _converted_config(adapter, changes)
+        config = converted_config(adapter, changes)
     tensors = {}
     for path, factors in adapter.modules.items():
         tensors.update(written_tensors(path, factors))
@@ -147,8 +147,12 @@ def _no_place(adapter: Adapter, key: str, because: str) -> UnsupportedAdapterErr
     )
 
 
-def _converted_config(adapter: Adapter, changes: Mapping[str, Any]) -> bytes:
+def converted_config(adapter: Adapter, changes: Mapping[str, Any]) -> bytes:
     """Return a configuration from which PEFT gets the ranks and scalings of the factors.
+
+    Args:
+        adapter: The adapter, whose own configuration does not count.
+        changes: Fields that the configuration has besides or instead.
 
     Raises:
         UnsupportedAdapterError: There is none.

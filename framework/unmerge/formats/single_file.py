@@ -21,7 +21,6 @@ from unmerge_bundle.kinds import LINEAR, check_kind, kernel_of
 __all__ = [
     "Alpha",
     "FileRecord",
-    "alpha_for",
     "check_convertible",
     "check_scaling",
     "factors_of",
@@ -255,18 +254,6 @@ def tensors_of(factors: Factors, path: str) -> tuple[torch.Tensor, torch.Tensor]
     return down, factors.B.reshape(factors.d_out, factors.rank, *(1 for _ in kernel))
 
 
-def alpha_for(scaling: float, rank: int) -> float | None:
-    """Return the alpha for which `alpha / rank` is `scaling` to the last bit, if there is one.
-
-    The product is rounded once, so an alpha that exists is it or a neighbour.
-    """
-    middle = scaling * rank
-    for alpha in (middle, math.nextafter(middle, math.inf), math.nextafter(middle, -math.inf)):
-        if math.isfinite(alpha) and alpha / rank == scaling:
-            return alpha
-    return None
-
-
 def check_convertible(adapter: Adapter, target: str) -> None:
     """Refuse an adapter that holds what neither format has a place for.
 
@@ -295,8 +282,8 @@ def check_scaling(adapter: Adapter, path: str, expected: float) -> None:
     Raises:
         AdapterError: It has another one.
     """
-    scaling = adapter.modules[path].scaling
-    if scaling != expected:
+    scaling = float(adapter.modules[path].scaling)
+    if scaling.hex() != expected.hex():  # minus zero is another scaling than zero
         raise AdapterError(
             f'{path}: adapter "{adapter.name}" has scaling {scaling!r}, its configuration says '
             f"{expected!r}; expected one and the same; pass the adapter as it was read"
