@@ -371,10 +371,9 @@ class StoreRepository:
         """
         _check_zone(older_than)
         with self._writing(), backend(f"{self.address}: cannot forget versions"):
+            self._refresh()
             before = set(self._versions())
             self._repository.expire_snapshots(older_than)
-            # The snapshots in Icechunk's cache still have the parents that were cut off.
-            self._repository = self._place.open()
             return sorted(before - set(self._versions()))
 
     def collect_garbage(
@@ -399,8 +398,7 @@ class StoreRepository:
             _check_zone(older_than)
         with self._writing(), backend(f"{self.address}: cannot collect garbage"):
             cutoff = self._place.cutoff(older_than, force=force)
-            # Fresh: what others have written since this repository was opened is not in its cache.
-            self._repository = self._place.open()
+            self._refresh()
             self._place.check_tags(self._repository.list_tags())
             summary = self._repository.garbage_collect(cutoff)
             objects, size = self._place.sweep(cutoff)
@@ -413,6 +411,10 @@ class StoreRepository:
             + summary.transaction_logs_deleted,
             bytes=size + summary.bytes_deleted,
         )
+
+    def _refresh(self) -> None:
+        """Forget Icechunk's cache: `expire` by somebody else changes versions that may be in it."""
+        self._repository = self._place.open()
 
     def _versions(self) -> Iterator[str]:
         """Yield the id of every version, some twice: the newest and those before it, the tagged."""
