@@ -71,6 +71,10 @@ class AdapterExistsError(StoreError, ValueError):
     """The store already holds an adapter of that name."""
 
 
+class DuplicateAdapterError(StoreError, ValueError):
+    """The store already holds an adapter with the same tensors and scalings."""
+
+
 class AdapterNotInStoreError(StoreError, LookupError):
     """The store, at that version, holds no adapter of that name."""
 

@@ -30,7 +30,6 @@ from unmerge.registry import Registry, default_registry
 from unmerge.stack import FactorStack
 from unmerge.store import AdapterInfo, AdapterStore
 from unmerge_bundle import (
-    LINEAR,
     AdapterRecord,
     BundleWriter,
     DeltaEncoding,
@@ -322,7 +321,7 @@ class MergePipeline:
                         rank=m.rank,
                         dtype=m.dtype,
                         source_scaling=m.scaling,
-                        kind=getattr(m, "kind", LINEAR),
+                        kind=m.kind,
                     )
                     for path, m in info.modules.items()
                     if path in selected

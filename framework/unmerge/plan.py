@@ -22,7 +22,6 @@ from unmerge.merger import MergeContext, Merger, OutputSize
 from unmerge.recipe import Recipe
 from unmerge.stack import ModuleShape, one_kind
 from unmerge.store import AdapterInfo, AdapterStore
-from unmerge_bundle.kinds import LINEAR
 
 __all__ = ["Plan", "make_plan"]
 
@@ -185,7 +184,7 @@ def _total(sizes: Sequence[OutputSize | None]) -> OutputSize | None:
 def _select_adapters(store: AdapterStore, recipe: Recipe) -> list[AdapterInfo]:
     infos = {info.name: info for info in store.list()}
     if not infos:
-        raise ConfigError(f"{store.path}: the store holds no adapters; add some first")
+        raise ConfigError(f"{store.address}: the store holds no adapters; add some first")
     wanted = recipe.adapters or tuple(sorted(infos))
     for name in [*wanted, *recipe.weights]:
         if name not in infos:
@@ -229,7 +228,7 @@ def _shape(path: str, sources: Sequence[AdapterInfo]) -> ModuleShape:
         )
     d_out, d_in = sizes.pop()
     names = tuple(info.name for info in sources if path in info.modules)
-    kinds = [getattr(module, "kind", LINEAR) for module in having]
+    kinds = [module.kind for module in having]
     kind = one_kind(path, zip(names, kinds, strict=True))
     ranks = tuple(module.rank for module in having)
     return ModuleShape(path, d_out, d_in, names, ranks, kind=kind)

@@ -207,7 +207,10 @@ def test_a_duplicate_name_is_refused(zoo: Path, adapters: Path) -> None:
     assert result.exit_code == 1
     assert "sql" in result.stderr
     assert ok("log", zoo, "--json") == before
-    ok("add", zoo, adapters / "sql", "--name", "sql-again")
+    result = run("add", zoo, adapters / "sql", "--name", "sql-again")
+    assert result.exit_code == 1
+    assert '"sql-again" is "sql" of store' in result.stderr
+    assert ok("log", zoo, "--json") == before
 
 
 @pytest.mark.parametrize(

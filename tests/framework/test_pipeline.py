@@ -173,7 +173,7 @@ def test_bytes_are_equal_in_fresh_processes_with_any_number_of_threads(tmp_path:
             settings |= {} if threads is None else {"OPENBLAS_NUM_THREADS": threads}
             out = tmp_path / f"{method}-{number}.rmb"
             subprocess.run(
-                [sys.executable, "-c", RUN, store.path, out, method],
+                [sys.executable, "-c", RUN, Path(store.address), out, method],
                 check=True,
                 env={**os.environ, "PYTHONHASHSEED": str(number), **settings},
             )
@@ -548,7 +548,7 @@ def test_an_older_version_is_merged_as_it_was(store: AdapterStore, tmp_path: Pat
     MergePipeline(store, {"method": "rmm"}).run(tmp_path / "before.rmb")
     store.add(make_adapter("late", seed=9, modules=SHAPES))
     store.commit("one more")
-    old = AdapterStore.open(store.path, at=version)
+    old = AdapterStore.open(Path(store.address), at=version)
     MergePipeline(old, {"method": "rmm"}).run(tmp_path / "after.rmb")
     assert blobs(tmp_path / "before.rmb") == blobs(tmp_path / "after.rmb")
 

@@ -186,7 +186,7 @@ def analyze(
             report("analyze", len(analysed), len(paths))
     norms = squares.sqrt()
     return Analysis(
-        store=str(store.path),
+        store=str(store.address),
         version=store.version,
         adapters=names,
         modules=tuple(analysed),
@@ -229,7 +229,7 @@ def _select(
     """Return the names and module paths that are meant, sorted."""
     names = tuple(sorted(store.names() if adapters is None else adapters))
     if not names:
-        empty = f"{store.path}: the store holds no adapters; add some first"
+        empty = f"{store.address}: the store holds no adapters; add some first"
         raise ConfigError(empty if adapters is None else "the list of adapters is empty")
     for name in names:
         if names.count(name) > 1:

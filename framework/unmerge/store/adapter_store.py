@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import builtins
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+import zarr
 
 from unmerge.adapter import Adapter, Factors
-from unmerge.errors import ConfigError, StoreError
-from unmerge.store.append import append, write_index
-from unmerge.store.checks import check_base, check_free, check_shapes, own_copy
+from unmerge.errors import ConfigError, StoreError, UnmergeError
+from unmerge.store.checks import check_annotation, check_fits, check_free, own_copy
+from unmerge.store.failures import backend
 from unmerge.store.records import AdapterInfo, StoreIndex, Version
-from unmerge.store.repository import StoreRepository, backend
+from unmerge.store.repository import StoreRepository
+from unmerge.store.staging import Changes, Spool, StagedAdapter
 from unmerge.store.view import StoreView
+from unmerge.store.writing import write_changes, write_index
 from unmerge_bundle.names import check_name
-
-# `pathlib.Path` makes `s3:/bucket` of `s3://bucket`. One letter would be a drive of Windows.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class AdapterStore:
-    """A versioned archive of adapters in a local directory.
+    """A versioned archive of adapters, in a local directory or on S3.
 
     A store object reads one version, the newest when it was opened, until its own `commit` moves
     it to the version written; what others commit meanwhile is seen by opening the store again.
-    Several threads may read at once. Several processes may commit at once: they queue.
+    Several threads may read at once. Several processes may commit at once: in a local directory
+    they queue, on S3 the one that comes second does its work again on top of the first's.
     """
 
     def __init__(self, repository: StoreRepository, version: str, *, read_only: bool) -> None:
@@ -37,13 +37,13 @@ class AdapterStore:
         self._repository = repository
         self._view = StoreView(repository, version)
         self._read_only = read_only
-        self._staged: dict[str, Adapter] = {}
-        self._digests: dict[str, str] = {}
+        self._changes = Changes()
+        self._spool: Spool | None = None
 
     @classmethod
     def create(
         cls,
-        path: str | os.PathLike[str],
+        address: str | os.PathLike[str],
         *,
         base_model: str | None = None,
         revision: str | None = None,
@@ -51,44 +51,63 @@ class AdapterStore:
         """Create an empty store and open it.
 
         Args:
-            path: Directory to create; its parents are created as well. An empty one may exist.
+            address: Directory to create, with its parents; an empty one may exist. Or a place on
+                S3, `s3://bucket/prefix`.
             base_model: Id of the base model; by default that of the first adapter that names one.
             revision: Revision of the base model.
 
         Raises:
-            StoreExistsError: `path` exists and is not an empty directory.
+            StoreExistsError: Something is there already.
             ConfigError: A revision without a base model.
-            StoreError: The directory cannot be written; nothing is left behind.
+            StoreError: The place cannot be written; nothing is left behind.
         """
         if revision and not base_model:
             raise ConfigError(f'revision "{revision}" without a base model; give base_model too')
-        index = StoreIndex(base_model=base_model or None, revision=revision or None, adapters={})
-        repository = StoreRepository.create(_local(path), lambda root: write_index(root, index))
-        with backend(f"{path}: cannot read the store's versions"):
+        index = StoreIndex(
+            base_model=base_model or None,
+            revision=revision or None,
+            adapters={},
+            layers={},
+            records=[],
+            tables={},
+        )
+        repository = StoreRepository.create(address, lambda root: write_index(root, index))
+        with backend(f"{address}: cannot read the store's versions"):
             version = repository.tip()
         return cls(repository, version, read_only=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, at: str | None = None) -> AdapterStore:
+    def open(cls, address: str | os.PathLike[str], *, at: str | None = None) -> AdapterStore:
         """Open a store.
 
         Args:
-            path: Its directory.
+            address: Its directory, or its place on S3.
             at: Version to read, as `resolve` takes it; such a store is read-only.
 
         Raises:
-            StoreError: `path` holds no store, or a damaged one, or one of a later release.
+            StoreError: There is no store, or a damaged one, or one of another release.
             UnknownVersionError: There is no version `at`.
         """
-        repository = StoreRepository.open(_local(path))
-        with backend(f"{path}: cannot read the store's versions"):
+        repository = StoreRepository.open(address)
+        with backend(f"{address}: cannot read the store's versions"):
             version = repository.tip() if at is None else repository.resolve(at)
         return cls(repository, version, read_only=at is not None)
 
+    def checkout(self, version: str) -> AdapterStore:
+        """Return the store at another version, read-only.
+
+        Args:
+            version: As `resolve` takes it.
+
+        Raises:
+            UnknownVersionError: There is no such version.
+        """
+        return AdapterStore(self._repository, self.resolve(version), read_only=True)
+
     @property
-    def path(self) -> Path:
-        """The store's directory."""
-        return self._repository.path
+    def address(self) -> str:
+        """Where the store is, as the caller wrote it."""
+        return self._repository.address
 
     @property
     def base_model(self) -> str | None:
@@ -112,85 +131,151 @@ class AdapterStore:
 
     @property
     def staged(self) -> tuple[str, ...]:
-        """Names of the adapters that the next `commit` writes, sorted."""
-        return tuple(sorted(self._staged))
+        """Names of the adapters that the next `commit` adds, removes or annotates, sorted."""
+        return self._changes.names
 
-    def add(self, adapter: Adapter) -> None:
-        """Check an adapter and stage a copy of it in memory for the next `commit`.
+    def add(
+        self,
+        adapter: Adapter,
+        *,
+        note: str = "",
+        metadata: Mapping[str, str] | None = None,
+        replace: bool = False,
+        allow_duplicates: bool = False,
+    ) -> None:
+        """Check an adapter and stage a copy of it for the next `commit`.
 
-        Memory holds every staged adapter until `commit` or `discard`: commit in between where
-        they are many.
+        Staged tensors wait in a temporary file, so that memory holds one adapter whatever their
+        number. Factors may be float32, float16 or bfloat16; verbatim tensors also float64, an
+        integer dtype or bool. When this raises, what is staged is as before.
 
-        Factors may be float32, float16 or bfloat16; verbatim tensors also float64, an integer
-        dtype or bool. When this raises, the staged set is as before.
+        Args:
+            adapter: The adapter.
+            note: Free text to keep with it.
+            metadata: Keys and values to keep with it.
+            replace: Take the place of a stored adapter of this name, which older versions keep.
+            allow_duplicates: Take it even if it is there under another name, bit for bit.
 
         Raises:
             AdapterExistsError: The store or the staged set has one of that name.
+            DuplicateAdapterError: One of them has the same tensors and scalings.
             AdapterError: A name, shape or dtype that is not allowed, or no modules.
             NonFiniteError: A tensor or a scaling holds NaN or infinity.
-            IncompatibleAdaptersError: A module's `(d_out, d_in)`, or the base model, differs from
-                what the store or the staged set has.
+            IncompatibleAdaptersError: A module's `(d_out, d_in)` or kind, or the base model,
+                differs from what the store or the staged set has.
             StoreError: The store is read-only.
         """
         self._check_writable()
-        check_free(adapter.name, self._staged, holder="the staged set")
-        check_free(adapter.name, self._view.names, holder=f"store {self.path}")
+        changes = self._changes
+        check_free(adapter.name, changes, holder="the staged set")
+        annotation = check_annotation(adapter.name, note, metadata or {})
         own = own_copy(adapter)
-        for other in self._staged.values():
-            holder = f'staged adapter "{other.name}"'
-            shapes = {path: (f.d_out, f.d_in) for path, f in other.modules.items()}
-            check_shapes(own, shapes, holder=holder)
-            check_base(own, other.base_model, other.revision, holder=holder)
-        self._check_against(own, self._view)
-        self._digests[own.name] = own.digest()
-        self._staged[own.name] = own
+        if self._spool is None:
+            self._spool = Spool(_scratch(self._repository))
+        staged = self._spool.stage(own, annotation, replace=replace, duplicate=allow_duplicates)
+        try:
+            check_fits(
+                staged,
+                layers=changes.layers,
+                base=changes.base,
+                twins=changes.twins(staged.digest),
+                holder="the staged set",
+            )
+            self._check_against(staged, self._view)
+        except UnmergeError:
+            self._spool.forget(staged)
+            raise
+        changes.add(staged)
+
+    def remove(self, name: str) -> None:
+        """Stage the removal of an adapter; the versions that have it keep it.
+
+        Raises:
+            AdapterNotInStoreError: There is no such adapter.
+            AdapterExistsError: The staged set has one of that name.
+            StoreError: The store is read-only.
+        """
+        self._check_writable()
+        check_free(name, self._changes, holder="the staged set")
+        self._view.record(name)
+        self._changes.removed.add(name)
+
+    def annotate(
+        self, name: str, *, note: str | None = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Stage another note or other metadata of an adapter; what is not given stays.
+
+        Raises:
+            AdapterNotInStoreError: There is no such adapter.
+            AdapterExistsError: The staged set has one of that name.
+            AdapterError: The note or the metadata cannot be stored.
+            StoreError: The store is read-only.
+        """
+        self._check_writable()
+        check_free(name, self._changes, holder="the staged set")
+        record = self._view.record(name)
+        self._changes.noted[name] = check_annotation(
+            name,
+            record.note if note is None else note,
+            record.metadata if metadata is None else metadata,
+        )
 
     def discard(self) -> None:
-        """Empty the staged set."""
-        self._staged = {}
-        self._digests = {}
+        """Forget what is staged."""
+        self._changes = Changes()
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
 
     def commit(self, message: str, *, progress: Callable[[int, int], None] | None = None) -> str:
-        """Write the staged adapters as one new version on top of the newest, and read that one.
+        """Write what is staged as one new version on top of the newest, and read that one.
 
-        Waits while another process commits. All staged adapters of one array are written at once;
-        of what was there, at most the last chunk of each array is rewritten. When this raises, the
-        store is at its last commit and the staged set as before.
+        Waits while another process commits, or does the work again if it came second (see the
+        class). When this raises, the store is at its last commit and what is staged is as before.
 
         Args:
             message: What was done, for the history.
-            progress: Called with (steps done, of how many) as writing goes on.
+            progress: Called with (steps done, of how many) as writing goes on; it begins again
+                when the work is done again.
 
         Returns:
             The new version's id.
 
         Raises:
             AdapterExistsError: Somebody else committed an adapter of that name meanwhile.
-            IncompatibleAdaptersError: Likewise one with other shapes or another base model.
+            AdapterNotInStoreError: Somebody else removed an adapter meanwhile.
+            DuplicateAdapterError: Somebody else committed the same tensors meanwhile.
+            IncompatibleAdaptersError: Likewise with other shapes or another base model.
             StoreError: Nothing is staged, the store is read-only, or writing failed.
         """
         self._check_writable()
-        if not self._staged:
-            raise StoreError(f"{self.path}: nothing to commit; add an adapter first")
-        repository = self._repository
-        with backend(f"{self.path}: cannot commit"), repository.lock():
-            view = self._view
-            if (tip := repository.tip()) != view.version:
-                view = StoreView(repository, tip)
-                for adapter in self._staged.values():
+        changes = self._changes
+        if not changes.names:
+            raise StoreError(f"{self.address}: nothing to commit; add or remove an adapter first")
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+
+        def write(root: zarr.Group, tip: str) -> None:
+            view = self._view if tip == self.version else StoreView(self._repository, tip)
+            if view is not self._view:
+                for name in changes.removed:
+                    view.record(name)
+                for adapter in changes.added.values():
                     self._check_against(adapter, view)
-            session = repository.session()
-            append(
-                repository.root(session),
-                view.index,
-                self._staged,
-                digests=self._digests,
-                added=datetime.now(UTC).isoformat(timespec="seconds"),
-                progress=progress,
+            noted = [
+                view.record(name).model_copy(
+                    update={"note": annotation.note, "metadata": dict(annotation.metadata)}
+                )
+                for name, annotation in sorted(changes.noted.items())
+            ]
+            write_changes(
+                root, view.index, changes, noted, self._spool, time=time, progress=progress
             )
-            version = session.commit(message)
+
+        # What the callers' progress raises is a failure to commit as well.
+        with backend(f"{self.address}: cannot commit"):
+            version, _ = self._repository.transact(write, message)
         self.discard()
-        self._view = StoreView(repository, version)
+        self._view = StoreView(self._repository, version)
         return version
 
     def names(self) -> tuple[str, ...]:
@@ -218,7 +303,7 @@ class AdapterStore:
     def read_module(
         self, path: str, names: Sequence[str] | None = None
     ) -> builtins.list[tuple[str, Factors]]:
-        """Return one module's factors across adapters, in one read per array.
+        """Return one module's factors across adapters, in one read per segment.
 
         Args:
             path: Module path.
@@ -244,7 +329,7 @@ class AdapterStore:
         return self._view.read_adapter(name)
 
     def read_config(self, name: str) -> str:
-        """Return the text of an adapter's configuration file, or "".
+        """Return what an adapter's source says beside its tensors; see `Adapter.config`.
 
         Raises:
             AdapterNotInStoreError: There is no such adapter.
@@ -263,7 +348,7 @@ class AdapterStore:
 
     def history(self) -> builtins.list[Version]:
         """Return the version being read and those before it, newest first."""
-        with backend(f"{self.path}: cannot read the history"):
+        with backend(f"{self.address}: cannot read the history"):
             return self._repository.history(self.version)
 
     def tag(self, name: str, version: str | None = None) -> None:
@@ -281,20 +366,12 @@ class AdapterStore:
         try:
             check_name(name, what="tag")
         except ValueError as error:
-            raise StoreError(f"{self.path}: {error}") from error
-        with backend(f'{self.path}: cannot write tag "{name}"'), self._repository.lock():
-            tags = self._repository.tags()
-            if name in tags:
-                raise StoreError(
-                    f'{self.path}: tag "{name}" already names version {tags[name]}; '
-                    "tags never move: choose another name"
-                )
-            target = self.version if version is None else self._repository.resolve(version)
-            self._repository.tag(name, target)
+            raise StoreError(f"{self.address}: {error}") from error
+        self._repository.tag(name, self.version if version is None else self.resolve(version))
 
     def tags(self) -> dict[str, str]:
         """Return the version id of every tag, sorted by tag."""
-        with backend(f"{self.path}: cannot read the tags"):
+        with backend(f"{self.address}: cannot read the tags"):
             return self._repository.tags()
 
     def resolve(self, version: str) -> str:
@@ -306,34 +383,30 @@ class AdapterStore:
         Raises:
             UnknownVersionError: There is no such version, or more than one.
         """
-        with backend(f"{self.path}: cannot read the store's versions"):
+        with backend(f"{self.address}: cannot read the store's versions"):
             return self._repository.resolve(version)
 
     def _check_writable(self) -> None:
         if self._read_only:
             raise StoreError(
-                f"{self.path}: opened at version {self.version}, which is read-only; "
+                f"{self.address}: opened at version {self.version}, which is read-only; "
                 "open the store without a version to write"
             )
 
-    def _check_against(self, adapter: Adapter, view: StoreView) -> None:
-        holder = f"store {self.path}"
-        check_free(adapter.name, view.names, holder=holder)
-        check_shapes(adapter, view.shapes(), holder=holder)
-        check_base(adapter, view.index.base_model, view.index.revision, holder=holder)
-
-
-def _local(path: str | os.PathLike[str]) -> Path:
-    text = os.fspath(path)
-    if "://" in text or _ADDRESS.match(text):
-        raise StoreError(f"{text}: is an address, expected a local directory")
-    try:
-        usable = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        usable = False
-    if not usable:
-        raise StoreError(
-            f"{text!r}: no path can hold a NUL or a character that the file system's encoding "
-            "lacks, expected a local directory"
+    def _check_against(self, adapter: StagedAdapter, view: StoreView) -> None:
+        holder = f"store {self.address}"
+        going = {*self._changes.removed, *([adapter.name] if adapter.replace else [])}
+        if adapter.name not in going:
+            check_free(adapter.name, view.index.adapters, holder=holder)
+        check_fits(
+            adapter,
+            layers=view.index.layers,
+            base=(view.index.base_model, view.index.revision),
+            twins=[twin for twin in view.twins.get(adapter.digest, ()) if twin not in going],
+            holder=holder,
         )
-    return Path(path)
+
+
+def _scratch(repository: StoreRepository) -> Path | None:
+    """Where large temporary files belong: beside the data, if that is on a local disk."""
+    return None if repository.address.startswith("s3://") else repository.path

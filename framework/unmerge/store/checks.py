@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 
 import torch
 
@@ -13,12 +13,19 @@ from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge.errors import (
     AdapterError,
     AdapterExistsError,
+    DuplicateAdapterError,
     IncompatibleAdaptersError,
     NonFiniteError,
 )
+from unmerge.store.records import Layer
+from unmerge.store.staging import Annotation, StagedAdapter
+from unmerge_bundle.kinds import check_kind
 from unmerge_bundle.names import check_key, check_module_path, check_name
 
-Shapes = Mapping[str, tuple[int, int]]
+Layers = Mapping[str, Layer]
+
+_LONGEST_NOTE = 10_000
+_LONGEST_KEY = 100
 
 
 def own_copy(adapter: Adapter) -> Adapter:
@@ -42,7 +49,7 @@ def own_copy(adapter: Adapter) -> Adapter:
     return dataclasses.replace(adapter, modules=modules, verbatim=verbatim)
 
 
-def check_free(name: str, taken: Collection[str], *, holder: str) -> None:
+def check_free(name: str, taken: Container[str], *, holder: str) -> None:
     """Refuse a name that is taken.
 
     Args:
@@ -60,58 +67,151 @@ def check_free(name: str, taken: Collection[str], *, holder: str) -> None:
         )
 
 
-def check_shapes(adapter: Adapter, known: Shapes, *, holder: str) -> None:
-    """Refuse an adapter whose modules have other sizes than those already known.
+def check_fits(
+    adapter: StagedAdapter,
+    *,
+    layers: Layers,
+    base: tuple[str | None, str | None],
+    twins: Collection[str],
+    holder: str,
+) -> None:
+    """Refuse an adapter that does not belong to those already known, or is one of them.
+
+    Args:
+        adapter: The adapter.
+        layers: What is known of the base model's layers.
+        base: Its id and revision, so far as known.
+        twins: Names of known adapters with its digest.
+        holder: What knows all this, for the message.
 
     Raises:
-        IncompatibleAdaptersError: A module's `(d_out, d_in)` differs.
+        IncompatibleAdaptersError: A layer, the base model or its revision differ.
+        DuplicateAdapterError: It is known under another name, and may not be.
     """
-    for path, factors in adapter.modules.items():
-        got = (factors.d_out, factors.d_in)
-        expected = known.get(path, got)
-        if got != expected:
+    check_layers(adapter.name, adapter.layers, layers, holder=holder)
+    check_base(adapter.name, (adapter.base_model, adapter.revision), base, holder=holder)
+    if not adapter.duplicate:
+        check_fresh(adapter.name, twins, holder=holder)
+
+
+def check_layers(name: str, layers: Layers, known: Layers, *, holder: str) -> None:
+    """Refuse an adapter whose modules are other layers than those already known.
+
+    Args:
+        name: The adapter's name.
+        layers: Its modules' `(d_out, d_in, kind)`.
+        known: Those already known.
+        holder: What knows them, for the message.
+
+    Raises:
+        IncompatibleAdaptersError: A module's size or kind differs.
+    """
+    for path, (*size, kind) in layers.items():
+        if path not in known:
+            continue
+        *expected, expected_kind = known[path]
+        if size != expected:
             raise IncompatibleAdaptersError(
-                f'{path}: adapter "{adapter.name}" has (d_out, d_in) {got}, {holder} has '
-                f"{expected}; check that both used the same base model"
+                f'{path}: adapter "{name}" has (d_out, d_in) {tuple(size)}, {holder} has '
+                f"{tuple(expected)}; check that both used the same base model"
+            )
+        if kind != expected_kind:
+            raise IncompatibleAdaptersError(
+                f'{path}: adapter "{name}" has it as {kind}, {holder} as {expected_kind}; '
+                "check that both used the same base model"
             )
 
 
+def check_fresh(name: str, twins: Collection[str], *, holder: str) -> None:
+    """Refuse an adapter that is already there, bit for bit.
+
+    Args:
+        name: The adapter's name.
+        twins: Names of those that have its digest.
+        holder: What has them, for the message.
+
+    Raises:
+        DuplicateAdapterError: There is one.
+    """
+    for twin in twins:
+        raise DuplicateAdapterError(
+            f'adapter "{name}" is "{twin}" of {holder}, bit for bit; leave it out, or allow '
+            "duplicates (--allow-duplicates on the command line)"
+        )
+
+
 def check_base(
-    adapter: Adapter, base_model: str | None, revision: str | None, *, holder: str
+    name: str,
+    own: tuple[str | None, str | None],
+    known: tuple[str | None, str | None],
+    *,
+    holder: str,
 ) -> None:
     """Refuse an adapter of another base model, as far as both are known.
+
+    Args:
+        name: The adapter's name.
+        own: Its base model and that one's revision.
+        known: Those already known.
+        holder: What knows them, for the message.
 
     Raises:
         IncompatibleAdaptersError: Base model or revision differ.
     """
-    for what, got, expected in (
-        ("base model", adapter.base_model, base_model),
-        ("base model revision", adapter.revision, revision),
-    ):
+    for what, got, expected in zip(("base model", "base model revision"), own, known, strict=True):
         if got and expected and got != expected:
             raise IncompatibleAdaptersError(
-                f'adapter "{adapter.name}" has {what} "{got}", {holder} has "{expected}"; '
+                f'adapter "{name}" has {what} "{got}", {holder} has "{expected}"; '
                 "keep adapters of different base models in different stores"
             )
+
+
+def check_annotation(name: str, note: str, metadata: Mapping[str, str]) -> Annotation:
+    """Return a note and metadata that can be stored.
+
+    Raises:
+        AdapterError: A key or value is no text, is no valid Unicode, or has too many characters.
+    """
+    for what, text in (("note", note), *((f'metadata "{k}"', v) for k, v in metadata.items())):
+        if not isinstance(text, str):
+            raise AdapterError(f'adapter "{name}": {what} is {text!r}, expected text')
+        _check_unicode(name, what, text)
+        if len(text) > _LONGEST_NOTE:
+            raise AdapterError(
+                f'adapter "{name}": {what} has {len(text)} characters, expected at most '
+                f"{_LONGEST_NOTE}; keep long texts elsewhere and put a link here"
+            )
+    for key in metadata:
+        if not isinstance(key, str) or not key.isprintable() or not 0 < len(key) <= _LONGEST_KEY:
+            raise AdapterError(
+                f'adapter "{name}": metadata key {key!r} is not allowed; expected 1 to '
+                f"{_LONGEST_KEY} printable characters"
+            )
+    return Annotation(note, dict(sorted(metadata.items())))
 
 
 def _check_texts(adapter: Adapter) -> None:
     try:
         check_name(adapter.name)
-        for path in adapter.modules:
+        for path, factors in adapter.modules.items():
             check_module_path(path)
+            check_kind(factors.kind)
         for key in adapter.verbatim:
             check_key(key)
     except ValueError as error:
         raise AdapterError(f'adapter "{adapter.name}": {error}') from error
     for field in ("config", "format", "source", "base_model", "revision"):
-        try:
-            (getattr(adapter, field) or "").encode()
-        except UnicodeEncodeError as error:
-            raise AdapterError(
-                f'adapter "{adapter.name}": {field} is no valid Unicode text '
-                f"({error.reason} at character {error.start}); correct the source"
-            ) from error
+        _check_unicode(adapter.name, field, getattr(adapter, field) or "")
+
+
+def _check_unicode(name: str, what: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f'adapter "{name}": {what} is no valid Unicode text '
+            f"({error.reason} at character {error.start}); correct the source"
+        ) from error
 
 
 def _own_factors(adapter: Adapter, path: str) -> Factors:
@@ -129,7 +229,7 @@ def _own_factors(adapter: Adapter, path: str) -> Factors:
             f"{where} has A of shape {tuple(A.shape)} and B of shape {tuple(B.shape)}, "
             "expected (r, d_in) and (d_out, r) with one r, none of them 0"
         )
-    return Factors(A, B, float(factors.scaling))
+    return Factors(A, B, float(factors.scaling), factors.kind)
 
 
 def _own_verbatim(adapter: Adapter, key: str) -> torch.Tensor:

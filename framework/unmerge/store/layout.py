@@ -1,9 +1,13 @@
-"""Where things lie inside a store: node names, array names, chunk shapes, dtypes as stored.
+"""Where things lie inside a store: node names, chunk shapes, dtypes as stored.
 
-/                                 attributes: `store_format`, the index and its sha256
-/modules/<module>/<array>         one array per factor, rank and dtype: (adapters, rows, columns)
-/adapters/<adapter>               attribute: the adapter's record
-/adapters/<adapter>/verbatim/<key>
+/                                     attributes: `store_format`, sha256 of the index
+/index                                the index document, JSON as bytes
+/records/<first>                      records of adapters, one JSON document per line, as bytes
+/modules/<module>/<rows>.<first>      factors of one kind, rank and dtype: (adapters, rows, columns)
+/verbatim/<digest>                    bytes of the verbatim tensors of an adapter, one after another
+
+What grows with every adapter, records and rows of factors, lies in segments (`segments.py`), each
+an array of its own whose name ends in the number of its first row.
 """
 
 from __future__ import annotations
@@ -21,13 +25,20 @@ from unmerge.arrays import dtype_name, to_numpy, to_torch
 
 Factor = Literal["A", "B"]
 FACTORS: tuple[Factor, Factor] = ("A", "B")
+Bits = NDArray[np.generic]
+"""Numbers as Zarr stores them."""
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
+
+INDEX = "index"
+RECORDS = "records"
 
 # Large enough that a read is one disk request, small enough that one adapter's row stays cheap.
-CHUNK_BYTES = 4 << 20
-# More adapters per chunk would make reading one adapter slower without making chunks fewer.
-CHUNK_ADAPTERS = 16
+CHUNK_BYTES = 2 << 20
+# A single row may take more; beyond this it is split.
+LONGEST_CHUNK_BYTES = 4 << 20
+# A bound for tiny rows, whose chunks would otherwise take thousands of adapters to fill.
+CHUNK_ADAPTERS = 1024
 
 
 def storage_dtype(name: str) -> str:
@@ -35,17 +46,17 @@ def storage_dtype(name: str) -> str:
     return "uint16" if name == "bfloat16" else name
 
 
-def to_stored(tensor: torch.Tensor) -> NDArray[np.generic]:
+def to_stored(tensor: torch.Tensor) -> Bits:
     """Return `to_numpy(tensor)` seen as its storage dtype."""
     return to_numpy(tensor).view(storage_dtype(dtype_name(tensor.dtype)))
 
 
-def from_stored(array: NDArray[np.generic], name: str) -> torch.Tensor:
+def from_stored(array: Bits, name: str) -> torch.Tensor:
     """Return stored bits as a tensor of dtype `name`, without a copy; undoes `to_stored`."""
     return to_torch(array.view(name))
 
 
-def crc32(array: NDArray[np.generic]) -> int:
+def crc32(array: Bits) -> int:
     """Return the CRC-32 of an array's bytes in row-major order."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
@@ -67,28 +78,23 @@ def node_name(name: str) -> str:
     return quoted
 
 
-def array_path(module: str, factor: Factor, rank: int, dtype: str) -> str:
-    """Return the path of the array that holds such factors of one module, adapters on axis 0."""
+def rows_path(module: str, factor: Factor, rank: int, dtype: str) -> str:
+    """Return what the paths of the arrays begin with that hold such factors of one module."""
     return f"modules/{node_name(module)}/{factor}-r{rank}-{dtype}"
 
 
-def adapter_path(name: str) -> str:
-    """Return the path of an adapter's group."""
-    return f"adapters/{node_name(name)}"
+def verbatim_path(digest: str) -> str:
+    """Return the path of the verbatim tensors whose bytes have the digest `sha256:…`."""
+    return f"verbatim/{digest.removeprefix('sha256:')}"
 
 
-def verbatim_path(name: str, key: str) -> str:
-    """Return the path of one of an adapter's verbatim tensors."""
-    return f"{adapter_path(name)}/verbatim/{node_name(key)}"
-
-
-def factor_chunks(shape: tuple[int, int], itemsize: int) -> tuple[int, ...]:
-    """Return the chunk shape, adapters first, for factors of one `shape`."""
-    return chunk_shape((CHUNK_ADAPTERS, *shape), itemsize)
+def rows_per_chunk(shape: tuple[int, ...], itemsize: int) -> int:
+    """Return how many rows of one `shape` a full chunk holds."""
+    return max(1, min(CHUNK_ADAPTERS, CHUNK_BYTES // (math.prod(shape) * itemsize)))
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Return the largest chunk of at most `CHUNK_BYTES` that splits leading axes first.
+    """Return the largest chunk of at most `LONGEST_CHUNK_BYTES` that splits leading axes first.
 
     An axis is only split once those before it are down to one row, so that a chunk is a
     contiguous run of the array in row-major order.
@@ -98,7 +104,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     chunk: list[int] = []
     for axis, length in enumerate(lengths):
         rest = lengths[axis + 1 :]
-        rows = max(1, min(length, CHUNK_BYTES // (math.prod(rest) * itemsize)))
+        rows = max(1, min(length, LONGEST_CHUNK_BYTES // (math.prod(rest) * itemsize)))
         chunk.append(rows)
         if rows > 1:
             return (*chunk, *rest)

@@ -1,8 +1,8 @@
 """What the store writes about itself, as validated data, and the values it shows to callers.
 
 Icechunk does not checksum its own metadata: a flipped bit in a manifest can exchange two chunks,
-one in a snapshot can change an attribute, both without an error. So the root holds an index with
-the sha256 of every adapter's record and of itself, and a record holds a CRC-32 of every tensor.
+one in a snapshot can change an attribute, both without an error. So the root has the sha256 of the
+index, the index that of every adapter's record, and a record has a CRC-32 of every tensor.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Annotated, TypeVar
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
 from unmerge.errors import StoreError
-from unmerge.store.layout import Factor
+from unmerge.store.layout import Factor, rows_path
+from unmerge_bundle.kinds import check_kind
 
 DocumentT = TypeVar("DocumentT", bound="Document")
 
@@ -44,6 +46,12 @@ def _check_verbatim_dtype(name: str) -> str:
 
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+FactorDtype = Annotated[str, AfterValidator(_check_factor_dtype)]
+VerbatimDtype = Annotated[str, AfterValidator(_check_verbatim_dtype)]
+
+
+Layer = tuple[Positive, Positive, Annotated[str, AfterValidator(check_kind)]]
+"""What the base model has at a module path: `(d_out, d_in, kind)`."""
 
 
 class Document(BaseModel):
@@ -56,24 +64,24 @@ class Document(BaseModel):
         return self.model_dump_json()
 
 
-# Plain slotted classes: there are hundreds per adapter, and pydantic parses them five times faster.
 @dataclass(frozen=True, slots=True)
 class FactorRecord:
-    """Where one factor lies: its dtype (which selects the array), row, and CRC-32."""
+    """Where one factor lies: its dtype (which selects the table), row, and CRC-32."""
 
-    dtype: Annotated[str, AfterValidator(_check_factor_dtype)]
-    row: Natural
-    crc32: Natural
+    dtype: str
+    row: int
+    crc32: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleRecord:
-    """One module of an adapter. `scaling` is `float.hex()`: exact whatever parses the JSON."""
+    """One module of an adapter."""
 
-    d_out: Positive
-    d_in: Positive
-    rank: Positive
-    scaling: Annotated[str, AfterValidator(_check_hex_float)]
+    d_out: int
+    d_in: int
+    rank: int
+    kind: str
+    scaling: float
     A: FactorRecord
     B: FactorRecord
 
@@ -85,18 +93,110 @@ class ModuleRecord:
         """Return the shape of factor `factor`."""
         return (self.rank, self.d_in) if factor == "A" else (self.d_out, self.rank)
 
+    def table(self, path: str, factor: Factor) -> str:
+        """Return the path of the table that factor `factor` of the module at `path` is in."""
+        return rows_path(path, factor, self.rank, self.factor(factor).dtype)
 
-@dataclass(frozen=True, slots=True)
-class VerbatimRecord:
-    """One verbatim tensor: dtype, shape, CRC-32."""
 
-    dtype: Annotated[str, AfterValidator(_check_verbatim_dtype)]
+class ModuleTable(BaseModel):
+    """The modules of an adapter as columns, one entry per module in each, sorted by path.
+
+    Columns are several times smaller and faster to parse than one object per module.
+    `scaling` is `float.hex()`: exact whatever parses the JSON.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    path: tuple[str, ...]
+    d_out: tuple[Positive, ...]
+    d_in: tuple[Positive, ...]
+    rank: tuple[Positive, ...]
+    kind: tuple[Annotated[str, AfterValidator(check_kind)], ...]
+    scaling: tuple[Annotated[str, AfterValidator(_check_hex_float)], ...]
+    dtype_A: tuple[FactorDtype, ...]
+    dtype_B: tuple[FactorDtype, ...]
+    row_A: tuple[Natural, ...]
+    row_B: tuple[Natural, ...]
+    crc32_A: tuple[Natural, ...]
+    crc32_B: tuple[Natural, ...]
+
+    @model_validator(mode="after")
+    def _aligned(self) -> ModuleTable:
+        lengths = {len(getattr(self, column)) for column in type(self).model_fields}
+        if lengths != {len(set(self.path))}:
+            raise ValueError("columns of different lengths, or a module path given twice")
+        return self
+
+    def __contains__(self, path: object) -> bool:
+        """Return whether there is a module at `path`."""
+        return path in self.places
+
+    def layers(self) -> dict[str, Layer]:
+        """Return `(d_out, d_in, kind)` by path."""
+        return dict(zip(self.path, zip(self.d_out, self.d_in, self.kind, strict=True), strict=True))
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Index of every module path in the columns."""
+        return {path: index for index, path in enumerate(self.path)}
+
+    def __getitem__(self, path: str) -> ModuleRecord:
+        """Return the record of the module at `path`."""
+        i = self.places[path]
+        return ModuleRecord(
+            d_out=self.d_out[i],
+            d_in=self.d_in[i],
+            rank=self.rank[i],
+            kind=self.kind[i],
+            scaling=float.fromhex(self.scaling[i]),
+            A=FactorRecord(self.dtype_A[i], self.row_A[i], self.crc32_A[i]),
+            B=FactorRecord(self.dtype_B[i], self.row_B[i], self.crc32_B[i]),
+        )
+
+    @classmethod
+    def of(cls, modules: Mapping[str, ModuleRecord]) -> ModuleTable:
+        """Return the table of `modules`, by path."""
+        paths = sorted(modules)
+        records = [modules[path] for path in paths]
+        return cls(
+            path=tuple(paths),
+            d_out=tuple(record.d_out for record in records),
+            d_in=tuple(record.d_in for record in records),
+            rank=tuple(record.rank for record in records),
+            kind=tuple(record.kind for record in records),
+            scaling=tuple(record.scaling.hex() for record in records),
+            dtype_A=tuple(record.A.dtype for record in records),
+            dtype_B=tuple(record.B.dtype for record in records),
+            row_A=tuple(record.A.row for record in records),
+            row_B=tuple(record.B.row for record in records),
+            crc32_A=tuple(record.A.crc32 for record in records),
+            crc32_B=tuple(record.B.crc32 for record in records),
+        )
+
+
+class VerbatimRecord(BaseModel):
+    """One verbatim tensor: dtype, shape, CRC-32, and where its bytes begin."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    dtype: VerbatimDtype
     shape: tuple[Natural, ...]
     crc32: Natural
+    start: Natural
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * VERBATIM_DTYPES[self.dtype].itemsize
 
 
 class StoredAdapter(Document):
-    """Everything about one adapter but the numbers in its tensors."""
+    """Everything about one adapter but the numbers in its tensors.
+
+    Attributes:
+        verbatim_digest: Digest of the bytes of all verbatim tensors, which says where they are;
+            empty where there are none.
+    """
 
     name: str
     format: str
@@ -106,23 +206,28 @@ class StoredAdapter(Document):
     digest: str
     added: str
     config: str
-    modules: dict[str, ModuleRecord]
+    note: str
+    metadata: dict[str, str]
+    modules: ModuleTable
     verbatim: dict[str, VerbatimRecord]
+    verbatim_digest: str
 
     def info(self) -> AdapterInfo:
         """Return the record as callers see it."""
+        table = self.modules
         modules: dict[str, ModuleInfo] = {}
-        factors: list[tuple[int, str]] = []
-        for path, module in sorted(self.modules.items()):
+        sizes: list[tuple[int, str]] = []
+        for i, path in enumerate(table.path):
             modules[path] = ModuleInfo(
-                rank=module.rank,
-                d_out=module.d_out,
-                d_in=module.d_in,
-                dtype=_widest(module.A.dtype, module.B.dtype),
-                scaling=float.fromhex(module.scaling),
+                rank=table.rank[i],
+                d_out=table.d_out[i],
+                d_in=table.d_in[i],
+                dtype=_widest(table.dtype_A[i], table.dtype_B[i]),
+                scaling=float.fromhex(table.scaling[i]),
+                kind=table.kind[i],
             )
-            factors.append((module.rank * module.d_in, module.A.dtype))
-            factors.append((module.d_out * module.rank, module.B.dtype))
+            sizes.append((table.rank[i] * table.d_in[i], table.dtype_A[i]))
+            sizes.append((table.d_out[i] * table.rank[i], table.dtype_B[i]))
         verbatim = {key: (v.dtype, v.shape) for key, v in sorted(self.verbatim.items())}
         others = [(math.prod(shape), dtype) for dtype, shape in verbatim.values()]
         return AdapterInfo(
@@ -133,46 +238,71 @@ class StoredAdapter(Document):
             revision=self.revision,
             digest=self.digest,
             added=self.added,
+            note=self.note,
+            metadata=dict(sorted(self.metadata.items())),
             modules=modules,
             verbatim=verbatim,
-            elements=sum(n for n, _ in factors + others),
-            nbytes=_nbytes(factors + others),
+            elements=sum(n for n, _ in sizes + others),
+            nbytes=_nbytes(sizes + others),
             verbatim_nbytes=_nbytes(others),
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RecordPlace:
+    """Where an adapter's record is: its row among the records, its sha256; the adapter's digest."""
+
+    row: Natural
+    sha256: str
+    digest: str
+
+
 class StoreIndex(Document):
-    """The root's document: base model, and the sha256 of each adapter's record by name."""
+    """The document from which all else is found.
+
+    Attributes:
+        base_model: Id of the base model, if known.
+        revision: Its revision, if known.
+        adapters: Where each adapter's record is, by name.
+        layers: What the base model has at each module path that any adapter ever had; so that
+            adding an adapter needs no other adapter's record.
+        records: Segments of the records.
+        tables: Segments of the factors' rows, by the path of their table.
+    """
 
     base_model: str | None
     revision: str | None
-    adapters: dict[str, str]
+    adapters: dict[str, RecordPlace]
+    layers: dict[str, Layer]
+    records: list[Positive]
+    tables: dict[str, list[Positive]]
 
 
-def sha256(text: str) -> str:
-    """Return `sha256:…` of the text's UTF-8 bytes."""
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+def sha256(data: str | bytes) -> str:
+    """Return `sha256:…` of the bytes, a text's in UTF-8."""
+    raw = data.encode() if isinstance(data, str) else data
+    return f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
-def parse(kind: type[DocumentT], text: object, digest: object, *, where: str) -> DocumentT:
-    """Return the document that `text` holds.
+def parse(kind: type[DocumentT], data: bytes, digest: object, *, where: str) -> DocumentT:
+    """Return the document that `data` holds.
 
     Args:
         kind: Its model.
-        text: What the store has as its text.
-        digest: The sha256 it must have.
+        data: Its bytes.
+        digest: The sha256 they must have.
         where: What is being read, for the message.
 
     Raises:
-        StoreError: It is no text, has another sha256, or is no such document.
+        StoreError: They have another sha256, or are no such document.
     """
-    if not isinstance(text, str) or sha256(text) != digest:
+    if sha256(data) != digest:
         raise StoreError(
             f"{where}: the stored text does not have the sha256 recorded for it; "
             "the store is damaged: restore it from a copy"
         )
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate_json(data)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
@@ -191,6 +321,7 @@ class ModuleInfo:
         d_in: Input features.
         dtype: Name of the factors' dtype; where A and B differ, of the one both fit in.
         scaling: What `B @ A` is multiplied by.
+        kind: The layer the module is, see `unmerge_bundle.check_kind`.
     """
 
     rank: int
@@ -198,6 +329,7 @@ class ModuleInfo:
     d_in: int
     dtype: str
     scaling: float
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +344,8 @@ class AdapterInfo:
         revision: Revision of the base model its source names, if any.
         digest: `Adapter.digest()` at import.
         added: When it was committed, ISO 8601 in UTC.
+        note: Free text of whoever added it.
+        metadata: Keys and values of whoever added it, sorted.
         modules: By module path, sorted.
         verbatim: Dtype name and shape of each verbatim tensor by its key, sorted.
         elements: Numbers in all its tensors.
@@ -226,6 +360,8 @@ class AdapterInfo:
     revision: str | None
     digest: str
     added: str
+    note: str
+    metadata: Mapping[str, str]
     modules: Mapping[str, ModuleInfo]
     verbatim: Mapping[str, tuple[str, tuple[int, ...]]]
     elements: int

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-import zarr
-from numpy.typing import NDArray
 
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterNotInStoreError, ModuleNotInAdapterError, StoreError
+from unmerge.store.failures import backend, is_failure, reason
 from unmerge.store.layout import (
     FACTORS,
+    INDEX,
     STORE_FORMAT,
+    Bits,
     Factor,
-    adapter_path,
-    array_path,
     crc32,
     from_stored,
     storage_dtype,
     verbatim_path,
 )
-from unmerge.store.records import ModuleRecord, StoredAdapter, StoreIndex, parse
-from unmerge.store.repository import StoreRepository, backend, is_failure, reason
+from unmerge.store.records import Layer, ModuleRecord, StoredAdapter, StoreIndex, parse
+from unmerge.store.repository import StoreRepository
+from unmerge.store.segments import read_bytes, read_rows
+from unmerge.store.writing import read_records
 
-_Array = NDArray[np.generic]
+_RESTORE = "the store is damaged: restore it from a copy"
+# Names in a message.
+_SHOWN = 20
+# Tables read at a time: waiting for the disk and decoding overlap, and two cores are kept busy.
+_THREADS = 4
 
 
 class StoreView:
@@ -45,7 +51,7 @@ class StoreView:
             StoreError: It is damaged, not a store's, or of a later format.
         """
         self.version = version
-        self._place = f"{repository.path}: version {version}"
+        self._place = f"{repository.address}: version {version}"
         with backend(f"{self._place} cannot be read"):
             self._root = repository.read(version)
             attributes = self._root.attrs.asdict()
@@ -53,41 +59,43 @@ class StoreView:
         if found != STORE_FORMAT:
             raise StoreError(
                 f"{self._place} has store_format {found!r}, expected {STORE_FORMAT}; "
-                "it is no adapter store, or one of a later release of unmerge"
+                "it is no adapter store, or one of another release of unmerge"
             )
+        with backend(f"{self._place}: the index cannot be read"):
+            data = read_bytes(self._root, INDEX).tobytes()
         self.index = parse(
-            StoreIndex,
-            attributes.get("index"),
-            attributes.get("index_sha256"),
-            where=f"{self._place}: index",
+            StoreIndex, data, attributes.get("index_sha256"), where=f"{self._place}: index"
         )
+        self._segments: dict[int, list[bytes]] = {}
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all adapters, sorted."""
         return tuple(sorted(self.index.adapters))
 
     @cached_property
     def records(self) -> dict[str, StoredAdapter]:
-        """Every adapter's record by name, sorted; parsed once, about 2 ms per adapter."""
+        """Every adapter's record by name, sorted; parsed once."""
         return {name: self.record(name) for name in self.names}
 
     @cached_property
-    def modules(self) -> dict[str, dict[str, ModuleRecord]]:
-        """By module path, sorted: the adapters that have it, sorted, with their records."""
-        table: dict[str, dict[str, ModuleRecord]] = {}
-        for name, record in self.records.items():
-            for path, module in record.modules.items():
-                table.setdefault(path, {})[name] = module
-        return dict(sorted(table.items()))
+    def twins(self) -> dict[str, list[str]]:
+        """Names of the adapters that have a digest, sorted, by digest."""
+        table: dict[str, list[str]] = {}
+        for name in self.names:
+            table.setdefault(self.index.adapters[name].digest, []).append(name)
+        return table
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return `(d_out, d_in)` of every module path any adapter has, sorted by path."""
-        return {
-            path: (module.d_out, module.d_in)
-            for path, adapters in self.modules.items()
-            for module in [next(iter(adapters.values()))]
-        }
+        return {path: (d_out, d_in) for path, (d_out, d_in, _) in self.layers().items()}
+
+    def layers(self) -> dict[str, Layer]:
+        """Return `(d_out, d_in, kind)` of every module path any adapter has, sorted by path."""
+        known: dict[str, Layer] = {}
+        for record in self.records.values():
+            known.update(record.modules.layers())
+        return dict(sorted(known.items()))
 
     def record(self, name: str) -> StoredAdapter:
         """Return one adapter's record.
@@ -98,41 +106,48 @@ class StoreView:
         """
         if name not in self.index.adapters:
             raise AdapterNotInStoreError(
-                f'{self._place} has no adapter "{name}"; it has {", ".join(self.names) or "none"}'
+                f'{self._place} has no adapter "{name}"; it has {_some(self.names)}'
             )
+        place = self.index.adapters[name]
         where = f'{self._place}: adapter "{name}"'
-        with backend(f"{where}: the record cannot be read"):
-            text = self._root[adapter_path(name)].attrs.get("record")
-        return parse(StoredAdapter, text, self.index.adapters[name], where=where)
+        first = 0
+        for length in self.index.records:
+            if place.row < first + length:
+                break
+            first += length
+        else:
+            raise StoreError(f"{where}: there is no record {place.row}; {_RESTORE}")
+        if first not in self._segments:
+            with backend(f"{where}: the record cannot be read"):
+                self._segments[first] = read_records(self._root, first, length)
+        line = self._segments[first][place.row - first]
+        return parse(StoredAdapter, line, place.sha256, where=where)
 
     def read_module(self, path: str, names: Sequence[str] | None) -> list[tuple[str, Factors]]:
         """Return one module's factors by adapter; see `AdapterStore.read_module`."""
-        holders = self.modules.get(path, {})
         if names is not None:
             for name in names:
                 if name not in self.index.adapters:
                     self.record(name)  # raises, with the names there are
-            asked = set(names)
-            holders = {name: module for name, module in holders.items() if name in asked}
+        asked = self.names if names is None else sorted(set(names))
+        # Without names all records are needed, and parsed once; with them only theirs are.
+        records = self.records if names is None else {name: self._known(name) for name in asked}
+        holders = {
+            name: records[name].modules[path] for name in asked if path in records[name].modules
+        }
         if not holders:
             who = "no adapter" if names is None else "none of the adapters asked for"
             raise ModuleNotInAdapterError(
                 f"{path}: {who} in {self._place} has this module; "
                 "module paths have no base_model.model. in front and no .weight at the end"
             )
-        A, B = (self._read_factor(path, factor, holders) for factor in FACTORS)
-        return [
-            (name, Factors(A[name], B[name], float.fromhex(module.scaling)))
-            for name, module in holders.items()
-        ]
+        return self._read({path: holders})[path]
 
     def read_adapter(self, name: str) -> Adapter:
         """Return a whole adapter; see `AdapterStore.read_adapter`."""
         record = self.record(name)
-        modules: dict[str, Factors] = {}
-        for path, module in sorted(record.modules.items()):
-            A, B = (self._read_factor(path, factor, {name: module})[name] for factor in FACTORS)
-            modules[path] = Factors(A, B, float.fromhex(module.scaling))
+        wanted = {path: {name: record.modules[path]} for path in record.modules.path}
+        modules = {path: factors for path, [(_, factors)] in self._read(wanted).items()}
         adapter = Adapter(
             name=name,
             modules=modules,
@@ -152,81 +167,140 @@ class StoreView:
 
     def read_verbatim(self, name: str) -> dict[str, torch.Tensor]:
         """Return an adapter's verbatim tensors; see `AdapterStore.read_verbatim`."""
+        record = self.record(name)
+        data: Bits = np.empty(0, dtype=np.uint8)
+        if record.verbatim_digest:
+            where = f'{self._place}: adapter "{name}": verbatim tensors'
+            keys = ", ".join(f'"{key}"' for key in record.verbatim)
+            with backend(f"{where} {keys} cannot be read"):
+                data = read_bytes(self._root, verbatim_path(record.verbatim_digest))
         tensors: dict[str, torch.Tensor] = {}
-        for key, stored in sorted(self.record(name).verbatim.items()):
-            where = f'{self._place}: adapter "{name}": verbatim tensor "{key}"'
-            with backend(f"{where} cannot be read"):
-                array = self._array(verbatim_path(name, key), stored.shape, stored.dtype)
-                # A copy: of a scalar Zarr returns a numpy scalar, which torch cannot view.
-                data: _Array = np.array(array[...], dtype=storage_dtype(stored.dtype))
-            if crc32(data) != stored.crc32:
-                raise StoreError(_damage(where))
-            tensors[key] = from_stored(data, stored.dtype)
+        for key, stored in sorted(record.verbatim.items()):
+            # A copy: it is aligned, and does not keep the other tensors alive.
+            bits = data[stored.start : stored.start + stored.nbytes].copy()
+            if bits.nbytes != stored.nbytes or crc32(bits) != stored.crc32:
+                raise StoreError(
+                    _damage(f'{self._place}: adapter "{name}": verbatim tensor "{key}"')
+                )
+            typed = bits.view(storage_dtype(stored.dtype)).reshape(stored.shape)
+            tensors[key] = from_stored(typed, stored.dtype)
         return tensors
 
-    def _read_factor(
-        self, path: str, factor: Factor, holders: dict[str, ModuleRecord]
-    ) -> dict[str, torch.Tensor]:
-        """Return factor `factor` of one module for some adapters: one read per array."""
-        groups: dict[tuple[int, str], list[str]] = {}
-        for name, module in holders.items():
-            groups.setdefault((module.rank, module.factor(factor).dtype), []).append(name)
-        factors: dict[str, torch.Tensor] = {}
-        for (rank, dtype), names in groups.items():
-            rows = {holders[name].factor(factor).row: name for name in names}
-            shape = holders[names[0]].factor_shape(factor)
-            where = f"{self._place}: {path}: factor {factor} (rank {rank}, {dtype})"
-            with backend(f"{where} cannot be read"):
-                array = self._array(array_path(path, factor, rank, dtype), (None, *shape), dtype)
-            block = _read_rows(array, rows, where=where)
-            for index, (row, name) in enumerate(sorted(rows.items())):
-                if crc32(block[index]) != holders[name].factor(factor).crc32:
-                    raise StoreError(_damage(f'{where}, row {row}, adapter "{name}"'))
-                factors[name] = from_stored(block[index], dtype)
-        return factors
+    def _known(self, name: str) -> StoredAdapter:
+        """Return a record, from those parsed already if they are."""
+        parsed = self.__dict__.get("records")
+        return parsed[name] if parsed is not None else self.record(name)
 
-    def _array(self, path: str, shape: tuple[int | None, ...], dtype: str) -> zarr.Array[Any]:
-        array = self._root[path]
-        expected = (shape, storage_dtype(dtype))
-        if not isinstance(array, zarr.Array):
-            raise StoreError(f"{self._place}: {path} is a group, expected an array")
-        found = tuple(None if e is None else n for n, e in zip(array.shape, shape, strict=True))
-        if (found, str(array.dtype)) != expected:
+    def _read(
+        self, wanted: Mapping[str, Mapping[str, ModuleRecord]]
+    ) -> dict[str, list[tuple[str, Factors]]]:
+        """Return factors by module path, several tables at a time.
+
+        Args:
+            wanted: By module path, the records of the adapters that are asked for.
+        """
+        tables = [
+            _Rows(path, factor, module, owners)
+            for path, holders in wanted.items()
+            for factor in FACTORS
+            for module, owners in _by_table(holders, factor)
+        ]
+        tensors: dict[tuple[str, Factor, str], torch.Tensor] = {}
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for rows, found in zip(tables, pool.map(self._read_table, tables), strict=True):
+                for name, tensor in found:
+                    tensors[rows.path, rows.factor, name] = tensor
+        return {
+            path: [
+                (
+                    name,
+                    Factors(
+                        tensors[path, "A", name],
+                        tensors[path, "B", name],
+                        module.scaling,
+                        module.kind,
+                    ),
+                )
+                for name, module in holders.items()
+            ]
+            for path, holders in wanted.items()
+        }
+
+    def _read_table(self, wanted: _Rows) -> list[tuple[str, torch.Tensor]]:
+        """Return one factor of one module for adapters whose rows are in one table."""
+        dtype = wanted.module.factor(wanted.factor).dtype
+        where = (
+            f"{self._place}: {wanted.path}: factor {wanted.factor} "
+            f"(rank {wanted.module.rank}, {dtype})"
+        )
+        found = []
+        for row, bits in self._read_rows(wanted, where=where):
+            name, checksum = wanted.owners[row]
+            if crc32(bits) != checksum:
+                raise StoreError(_damage(f'{where}, row {row}, adapter "{name}"'))
+            found.append((name, from_stored(bits, dtype)))
+        return found
+
+    def _read_rows(self, wanted: _Rows, *, where: str) -> list[tuple[int, Bits]]:
+        """Return rows of one table; where that fails, say whose they are."""
+        table = wanted.module.table(wanted.path, wanted.factor)
+        shape = wanted.module.factor_shape(wanted.factor)
+        dtype = wanted.module.factor(wanted.factor).dtype
+        segments = self.index.tables.get(table, [])
+
+        def read(rows: Sequence[int]) -> list[tuple[int, Bits]]:
+            return list(read_rows(self._root, table, segments, shape, dtype, rows))
+
+        try:
+            return read(sorted(wanted.owners))
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            # Which chunk it was is found row by row; slow, but only once and for a person.
+            lost = [name for row, (name, _) in wanted.owners.items() if not _succeeds(read, [row])]
+            who = ", ".join(f'"{name}"' for name in lost or sorted(wanted.names))
             raise StoreError(
-                f"{self._place}: {path} has shape {array.shape} and dtype {array.dtype}, expected "
-                f"{shape} and {storage_dtype(dtype)}; the store is damaged: restore it from a copy"
-            )
-        return array
+                f"{where} of {who} cannot be read: {reason(error)}; {_RESTORE}"
+            ) from error
 
 
-def _read_rows(array: zarr.Array[Any], rows: dict[int, str], *, where: str) -> _Array:
-    """Return the given rows in ascending order; `rows` says whose they are."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one table that are to be read.
+
+    Attributes:
+        path: Module path.
+        factor: Which factor of it.
+        module: The record of one of the adapters; the others' agree in shape and dtype.
+        owners: Name of the adapter and CRC-32 by row.
+    """
+
+    path: str
+    factor: Factor
+    module: ModuleRecord
+    owners: dict[int, tuple[str, int]]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters."""
+        return [name for name, _ in self.owners.values()]
+
+
+def _by_table(
+    holders: Mapping[str, ModuleRecord], factor: Factor
+) -> list[tuple[ModuleRecord, dict[int, tuple[str, int]]]]:
+    """Split adapters by the table that their factor `factor` of one module is in."""
+    groups: dict[tuple[int, str], tuple[ModuleRecord, dict[int, tuple[str, int]]]] = {}
+    for name, module in holders.items():
+        stored = module.factor(factor)
+        _, owners = groups.setdefault((module.rank, stored.dtype), (module, {}))
+        owners[stored.row] = (name, stored.crc32)
+    return list(groups.values())
+
+
+def _succeeds(read: Callable[[list[int]], object], rows: list[int]) -> bool:
     try:
-        return _take(array, sorted(rows))
-    except BaseException as error:
-        if not is_failure(error):
-            raise
-        # Which chunk it was is found by reading row by row; slow, but only once and for a person.
-        lost = [name for row, name in sorted(rows.items()) if not _readable(array, row)]
-        owners = ", ".join(f'"{name}"' for name in lost or rows.values())
-        raise StoreError(
-            f"{where} of {owners} cannot be read: {reason(error)}; "
-            "the store is damaged: restore it from a copy"
-        ) from error
-
-
-def _take(array: zarr.Array[Any], rows: list[int]) -> _Array:
-    first, last = rows[0], rows[-1]
-    if last >= array.shape[0]:
-        raise IndexError(f"it has {array.shape[0]} rows, expected more than {last}")
-    contiguous = last - first + 1 == len(rows)
-    block = array[first : last + 1] if contiguous else array.oindex[np.array(rows)]
-    return np.asarray(block)
-
-
-def _readable(array: zarr.Array[Any], row: int) -> bool:
-    try:
-        _take(array, [row])
+        read(rows)
     except BaseException as error:
         if not is_failure(error):
             raise
@@ -234,8 +308,11 @@ def _readable(array: zarr.Array[Any], row: int) -> bool:
     return True
 
 
+def _some(names: Sequence[str]) -> str:
+    """Return the names for a message, not all of them where they are many."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) or "none") + more
+
+
 def _damage(where: str) -> str:
-    return (
-        f"{where}: the numbers read do not have the CRC-32 recorded for them; "
-        "the store is damaged: restore it from a copy"
-    )
+    return f"{where}: the numbers read do not have the CRC-32 recorded for them; {_RESTORE}"

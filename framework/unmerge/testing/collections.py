@@ -56,7 +56,8 @@ class AdapterCollection:
             names = tuple(sorted(having))
             first = having[names[0]]
             ranks = tuple(having[name].rank for name in names)
-            shapes.append(ModuleShape(path, first.d_out, first.d_in, names, ranks))
+            shape = ModuleShape(path, first.d_out, first.d_in, names, ranks, kind=first.kind)
+            shapes.append(shape)
         return tuple(sorted(shapes, key=lambda s: (s.d_out, s.d_in, s.path)))
 
     @property

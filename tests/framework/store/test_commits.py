@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,10 @@ import pytest
 from filelock import Timeout
 
 from unmerge.errors import (
+    AdapterError,
     AdapterExistsError,
+    AdapterNotInStoreError,
+    DuplicateAdapterError,
     IncompatibleAdaptersError,
     StoreError,
     UnknownVersionError,
@@ -53,7 +57,7 @@ def test_an_old_version_still_reads_the_old_set(store: AdapterStore, kit: Simple
         store.commit(name)
 
     for at in (first, first[:8], first[:6].lower(), "v1"):
-        old = AdapterStore.open(store.path, at=at)
+        old = AdapterStore.open(store.address, at=at)
         assert (old.version, old.read_only, old.names()) == (first, True, ("a",))
         assert [n for n, _ in old.read_module("layers.0.q_proj")] == ["a"]
         assert kit.content(old.read_adapter("a")) == before
@@ -65,7 +69,7 @@ def test_an_old_version_still_reads_the_old_set(store: AdapterStore, kit: Simple
 def test_a_store_opened_at_a_version_writes_nothing(
     filled: AdapterStore, kit: SimpleNamespace
 ) -> None:
-    old = AdapterStore.open(filled.path, at=filled.version)
+    old = AdapterStore.open(filled.address, at=filled.version)
     for write in (
         lambda: old.add(kit.make("new")),
         lambda: old.commit("m"),
@@ -73,7 +77,7 @@ def test_a_store_opened_at_a_version_writes_nothing(
     ):
         with pytest.raises(StoreError, match="read-only"):
             write()
-    assert kit.state(filled.path) == (filled.version, filled.names())
+    assert kit.state(Path(filled.address)) == (filled.version, filled.names())
     assert filled.tags() == {}
 
 
@@ -85,7 +89,7 @@ def test_unknown_versions(filled: AdapterStore, version: str, reason: str) -> No
     with pytest.raises(UnknownVersionError, match=reason):
         filled.resolve(version)
     with pytest.raises(UnknownVersionError, match=reason):
-        AdapterStore.open(filled.path, at=version)
+        AdapterStore.open(filled.address, at=version)
     with pytest.raises(UnknownVersionError, match=reason):
         filled.tag("t", version)
     assert filled.tags() == {}
@@ -105,7 +109,7 @@ def test_tags_never_move(filled: AdapterStore, kit: SimpleNamespace) -> None:
 
 
 def test_two_stores_interleave(store: AdapterStore, kit: SimpleNamespace) -> None:
-    other = AdapterStore.open(store.path)
+    other = AdapterStore.open(store.address)
     store.add(kit.make("a"))
     other.add(kit.make("b"))
     store.commit("a")
@@ -124,7 +128,7 @@ def test_two_stores_interleave(store: AdapterStore, kit: SimpleNamespace) -> Non
 def test_a_name_taken_meanwhile_is_found_at_commit(
     store: AdapterStore, kit: SimpleNamespace
 ) -> None:
-    other = AdapterStore.open(store.path)
+    other = AdapterStore.open(store.address)
     store.add(kit.make("a"))
     other.add(kit.make("a", rank=3))
     other.add(kit.make("b"))
@@ -132,7 +136,7 @@ def test_a_name_taken_meanwhile_is_found_at_commit(
     with pytest.raises(AdapterExistsError, match=r'already has an adapter "a".*--name'):
         other.commit("b")
     assert other.staged == ("a", "b")
-    assert kit.state(store.path) == (version, ("a",))
+    assert kit.state(Path(store.address)) == (version, ("a",))
     other.discard()
     other.add(kit.make("b"))
     other.commit("b")
@@ -143,14 +147,14 @@ def test_a_name_taken_meanwhile_is_found_at_commit(
 def test_what_does_not_fit_what_came_meanwhile(
     store: AdapterStore, kit: SimpleNamespace, change: dict[str, object]
 ) -> None:
-    other = AdapterStore.open(store.path)
+    other = AdapterStore.open(store.address)
     other.add(kit.make("b", **change))
     store.add(kit.make("a", base_model="org/base"))
     version = store.commit("a")
     with pytest.raises(IncompatibleAdaptersError):
         other.commit("b")
     assert other.staged == ("b",)
-    assert kit.state(store.path) == (version, ("a",))
+    assert kit.state(Path(store.address)) == (version, ("a",))
 
 
 def test_the_first_named_base_model_is_adopted(store: AdapterStore, kit: SimpleNamespace) -> None:
@@ -161,7 +165,7 @@ def test_the_first_named_base_model_is_adopted(store: AdapterStore, kit: SimpleN
     assert store.base_model is None
     store.commit("")
     assert (store.base_model, store.revision) == ("org/base", "abc")
-    assert AdapterStore.open(store.path).base_model == "org/base"
+    assert AdapterStore.open(store.address).base_model == "org/base"
     assert store.info("z").base_model is None
 
 
@@ -180,7 +184,7 @@ def test_a_failure_while_writing_leaves_the_last_commit(
         filled.commit("m", progress=fail)
     assert filled.staged == ("new",)
     assert filled.version == version
-    assert kit.state(filled.path) == (version, ("chat", "math", "sql"))
+    assert kit.state(Path(filled.address)) == (version, ("chat", "math", "sql"))
     filled.commit("again")
     assert kit.content(filled.read_adapter("new")) == kit.content(kit.make("new"))
     assert filled.staged == ()
@@ -201,21 +205,21 @@ def test_nothing_to_commit(filled: AdapterStore, kit: SimpleNamespace) -> None:
     assert filled.staged == ()
     with pytest.raises(StoreError, match="nothing to commit"):
         filled.commit("m")
-    assert kit.state(filled.path) == (filled.version, filled.names())
+    assert kit.state(Path(filled.address)) == (filled.version, filled.names())
 
 
 def test_a_commit_holds_the_lock(store: AdapterStore, kit: SimpleNamespace) -> None:
     attempts = []
 
     def try_lock(done: int, total: int) -> None:
-        lock = StoreRepository.open(store.path).lock()
+        lock = StoreRepository.open(Path(store.address)).lock()
         with ThreadPoolExecutor(1) as pool:  # in a thread: the lock is not this one's to take twice
             attempts.append(pool.submit(lock.acquire, timeout=0).exception())
 
     store.add(kit.make("a"))
     store.commit("", progress=try_lock)
     assert {type(attempt) for attempt in attempts} == {Timeout}
-    with StoreRepository.open(store.path).lock().acquire(timeout=0):
+    with StoreRepository.open(Path(store.address)).lock().acquire(timeout=0):
         pass
 
 
@@ -239,7 +243,7 @@ for i in range(5):
 def test_two_processes_lose_no_commit(store: AdapterStore) -> None:
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(store.path), str(w)],
+            [sys.executable, "-c", _WRITER, str(Path(store.address)), str(w)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -256,7 +260,7 @@ def test_two_processes_lose_no_commit(store: AdapterStore) -> None:
     for writer in writers:
         writer.communicate(timeout=120)
     assert [writer.returncode for writer in writers] == [0, 0]
-    again = AdapterStore.open(store.path)
+    again = AdapterStore.open(store.address)
     expected = {f"w{w}-{i}": (float(i), float(w)) for w in (1, 2) for i in range(5)}
     assert again.names() == tuple(sorted(expected))
     assert len(again.history()) == 11
@@ -266,7 +270,102 @@ def test_two_processes_lose_no_commit(store: AdapterStore) -> None:
 
 def test_a_moved_store_is_the_same_store(filled: AdapterStore, tmp_path: Path) -> None:
     names, version = filled.names(), filled.version
-    moved = filled.path.rename(tmp_path / "moved")
+    moved = Path(filled.address).rename(tmp_path / "moved")
     store = AdapterStore.open(moved)
-    assert (store.names(), store.version, store.path) == (names, version, moved)
+    assert (store.names(), store.version, Path(store.address)) == (names, version, moved)
     assert len(store.read_module("layers.0.q_proj")) == 3
+
+
+def test_the_same_tensors_under_another_name_are_refused(
+    filled: AdapterStore, kit: SimpleNamespace
+) -> None:
+    twin = replace(kit.make("sql"), name="twin", config="another text")
+    with pytest.raises(DuplicateAdapterError, match=r'"twin" is "sql" of store .*bit for bit'):
+        filled.add(twin)
+    filled.add(twin, allow_duplicates=True)
+    with pytest.raises(DuplicateAdapterError, match='"third" is "twin" of the staged set'):
+        filled.add(replace(twin, name="third"))
+    filled.commit("both")
+    assert filled.names() == ("chat", "math", "sql", "twin")
+    assert kit.content(filled.read_adapter("twin")) == kit.content(twin)
+
+
+def test_a_twin_committed_meanwhile_is_found_at_commit(
+    store: AdapterStore, kit: SimpleNamespace
+) -> None:
+    other = AdapterStore.open(store.address)
+    other.add(replace(kit.make("a"), name="twin"))
+    store.add(kit.make("a"))
+    store.commit("a")
+    with pytest.raises(DuplicateAdapterError, match='"twin" is "a"'):
+        other.commit("twin")
+    assert kit.state(Path(store.address)) == (store.version, ("a",))
+
+
+def test_removing_and_replacing(filled: AdapterStore, kit: SimpleNamespace) -> None:
+    filled.tag("v1")
+    filled.remove("math")
+    better = kit.make("sql", rank=4)
+    with pytest.raises(AdapterExistsError, match="already has"):
+        filled.add(better)
+    filled.add(better, replace=True)
+    assert filled.staged == ("math", "sql")
+    assert filled.names() == ("chat", "math", "sql")
+    filled.commit("new sql, no math")
+    assert filled.names() == ("chat", "sql")
+    assert kit.content(filled.read_adapter("sql")) == kit.content(better)
+    with pytest.raises(AdapterNotInStoreError):
+        filled.read_adapter("math")
+    assert [name for name, _ in filled.read_module("layers.0.q_proj")] == ["chat", "sql"]
+    old = filled.checkout("v1")
+    assert old.read_only
+    assert kit.content(old.read_adapter("sql")) == kit.content(kit.make("sql"))
+    assert old.read_adapter("math").verbatim.keys() == {"score.weight"}
+    filled.add(kit.make("math"))  # a removed adapter may come again
+    filled.commit("math again, without its head")
+    assert kit.content(filled.read_adapter("math")) == kit.content(kit.make("math"))
+
+
+def test_an_adapter_may_take_the_tensors_of_one_that_goes(
+    filled: AdapterStore, kit: SimpleNamespace
+) -> None:
+    filled.remove("sql")
+    filled.add(replace(kit.make("sql"), name="sql-2"))
+    filled.commit("renamed")
+    assert filled.names() == ("chat", "math", "sql-2")
+
+
+def test_removing_what_somebody_else_removed(filled: AdapterStore, kit: SimpleNamespace) -> None:
+    other = AdapterStore.open(filled.address)
+    other.remove("sql")
+    filled.remove("sql")
+    version = filled.commit("gone")
+    with pytest.raises(AdapterNotInStoreError, match='"sql"'):
+        other.commit("gone")
+    with pytest.raises(AdapterNotInStoreError, match='"sql"'):
+        filled.remove("sql")
+    assert kit.state(Path(filled.address)) == (version, ("chat", "math"))
+
+
+def test_notes_and_metadata(filled: AdapterStore, kit: SimpleNamespace) -> None:
+    filled.add(kit.make("new"), note="from the archive", metadata={"owner": "b", "task": "sql"})
+    filled.commit("new")
+    info = filled.info("new")
+    assert (info.note, info.metadata) == ("from the archive", {"owner": "b", "task": "sql"})
+    before = {name: kit.content(filled.read_adapter(name)) for name in filled.names()}
+    filled.annotate("new", note="checked")
+    filled.annotate("sql", metadata={"owner": "c"})
+    with pytest.raises(AdapterExistsError, match="staged set"):
+        filled.annotate("new", note="twice")
+    version = filled.commit("notes")
+    assert (filled.info("new").note, filled.info("new").metadata["owner"]) == ("checked", "b")
+    assert (filled.info("sql").note, filled.info("sql").metadata) == ("", {"owner": "c"})
+    assert {name: kit.content(filled.read_adapter(name)) for name in filled.names()} == before
+    old = AdapterStore.open(filled.address, at=filled.history()[1].id)
+    assert old.info("new").note == "from the archive"
+    for bad in ({"": "x"}, {"k": 1}, {"line\nbreak": "x"}, {"k" * 101: "x"}, {"k": "\ud800"}):
+        with pytest.raises(AdapterError, match="metadata"):
+            filled.annotate("new", metadata=bad)
+    with pytest.raises(AdapterError, match="10001 characters"):
+        filled.annotate("new", note="x" * 10_001)
+    assert kit.state(Path(filled.address))[0] == version
