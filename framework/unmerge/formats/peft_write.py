@@ -20,11 +20,12 @@ from unmerge.formats.files import parse_json_object
 from unmerge.formats.peft_config import (
     LARGEST_ALPHA,
     LoraSettings,
+    parse_config,
     parse_settings,
     pattern_path,
 )
 from unmerge.formats.peft_factors import written_tensors
-from unmerge.formats.peft_keys import CONFIG_FILE, PREFIX
+from unmerge.formats.peft_keys import CONFIG_FILE, PREFIX, sort_tensors
 from unmerge_bundle.blob import Held, write_safetensors
 from unmerge_bundle.publish import write_file
 
@@ -58,7 +59,7 @@ def write_directory(adapter: Adapter, directory: Path, *, native: bool) -> None:
         _check_paths(adapter)
         verbatim, changes = _converted_verbatim(adapter)
         config = converted_config(adapter, changes)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path, factors in adapter.modules.items():
         tensors.update(written_tensors(path, factors))
     if clash := sorted(tensors.keys() & verbatim.keys()):
@@ -66,6 +67,10 @@ def write_directory(adapter: Adapter, directory: Path, *, native: bool) -> None:
             f'adapter "{adapter.name}": the verbatim tensor {excerpt(clash[0])} has the key of a '
             "factor; it was read wrongly, read it again"
         )
+    if not native:
+        # What a reader would refuse, by its name or among these fields, is not written.
+        settings = parse_config(parse_json_object(config, CONFIG_FILE), CONFIG_FILE)
+        sort_tensors({**tensors, **verbatim}, settings, directory / SAFETENSORS_FILE)
     held = {
         key: Held.of(to_numpy(tensor), name=key) for key, tensor in {**tensors, **verbatim}.items()
     }
@@ -115,15 +120,17 @@ def _converted_verbatim(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict
     biases = False
     for key, tensor in adapter.verbatim.items():
         owner, _, parameter = key.removeprefix(PREFIX).rpartition(".")
+        written = f"{PREFIX}{owner}.{parameter}"
         if owner in adapter.modules and parameter == "bias":
             biases = True
-            tensors[f"{PREFIX}{owner}.base_layer.bias"] = tensor
-            continue
-        nested = any(_contains(owner, path) or _contains(path, owner) for path in adapter.modules)
-        if nested or not owner:
+            written = f"{PREFIX}{owner}.base_layer.bias"
+        elif not owner or any(_nested(owner, path) for path in adapter.modules):
             raise _no_place(adapter, key, "PEFT keeps whole modules, and none with adapted layers")
-        parameters.setdefault(owner, set()).add(parameter)
-        tensors[f"{PREFIX}{owner}.{parameter}"] = tensor
+        else:
+            parameters.setdefault(owner, set()).add(parameter)
+        if written in tensors:
+            raise _no_place(adapter, key, f"another one is to be {excerpt(written)} as well")
+        tensors[written] = tensor
     for owner, names in parameters.items():
         if "weight" not in names:
             key = f"{owner}.{min(names)}"
@@ -135,8 +142,8 @@ def _converted_verbatim(adapter: Adapter) -> tuple[dict[str, torch.Tensor], dict
     return tensors, changes
 
 
-def _contains(path: str, other: str) -> bool:
-    return f"{other}.".startswith(f"{path}.")
+def _nested(path: str, other: str) -> bool:
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
 def _no_place(adapter: Adapter, key: str, because: str) -> UnsupportedAdapterError:
@@ -231,10 +238,10 @@ def _alpha(factors: Factors, *, rslora: bool) -> float | None:
     near = factors.scaling * divisor
     if not abs(near) <= LARGEST_ALPHA:
         return None
-    # The product is rounded, so the alpha wanted may be a neighbour of it, or the whole number by.
-    neighbours = (math.nextafter(near, -math.inf), math.nextafter(near, math.inf))
-    for alpha in (float(round(near)), near, *neighbours):
+    # The whole number that somebody chose may lie beside the rounded product; both divide alike.
+    for alpha in (float(round(near)), near):
         if (alpha / divisor).hex() == float(factors.scaling).hex():
             whole = int(alpha)
-            return whole if float(whole).hex() == alpha.hex() else alpha
+            exact = abs(whole) < 2**53 and float(whole).hex() == alpha.hex()
+            return whole if exact else alpha
     return None

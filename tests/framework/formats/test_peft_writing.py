@@ -297,6 +297,7 @@ def test_attention_and_its_output_are_one_target(tmp_path: Path) -> None:
         # 16 / sqrt(5) is no number divided by 5, but is what rsLoRA computes.
         (16 / math.sqrt(5), 5, 16, True),
         (16 / math.sqrt(8), 8, 8 * (16 / math.sqrt(8)), False),
+        (2.0**60, 1, 2.0**60, False),
     ],
 )
 def test_scalings_that_peft_can_say(
@@ -343,6 +344,12 @@ def test_two_scalings_that_need_different_rules(tmp_path: Path) -> None:
     assert refusal(both, tmp_path / "out").feature == "scaling"
 
 
+def test_zeros_of_both_signs(tmp_path: Path) -> None:
+    """They are one number to patterns, but two scalings."""
+    adapter = foreign({"x": (3, 5), "y": (3, 5)}, {"x": 0.0, "y": -0.0})
+    assert refusal(adapter, tmp_path / "out").feature == "scaling"
+
+
 # -- tensors that are no low-rank update -------------------------------------------------------
 
 
@@ -378,6 +385,7 @@ def test_whole_modules_become_modules_to_save(tmp_path: Path) -> None:
         ("layers.0.scale", "none with adapted layers"),
         ("norm.bias", "the weight is not there"),
         ("weight", "none with adapted layers"),
+        ("head.lora_A.bias", "the weight is not there"),
     ],
 )
 def test_tensors_that_peft_has_no_place_for(key: str, words: str, tmp_path: Path) -> None:
@@ -385,6 +393,18 @@ def test_tensors_that_peft_has_no_place_for(key: str, words: str, tmp_path: Path
     refused = refusal(adapter, tmp_path / "out")
     assert words in str(refused)
     assert refused.feature == key
+
+
+def test_two_tensors_that_would_be_one(tmp_path: Path) -> None:
+    verbatim = {"head.weight": torch.zeros(3), f"{PREFIX}head.weight": torch.ones(3)}
+    refused = refusal(foreign(MODULES, 2.0, verbatim=verbatim), tmp_path / "out")
+    assert refused.feature == f"{PREFIX}head.weight"
+
+
+@pytest.mark.parametrize("key", ["head.lora_E.weight", "head.lora_magnitude_vector.weight"])
+def test_tensors_that_could_not_be_read_again(key: str, tmp_path: Path) -> None:
+    adapter = foreign(MODULES, 2.0, verbatim={key: torch.ones(3)})
+    assert refusal(adapter, tmp_path / "out").feature in key
 
 
 @pytest.mark.parametrize(
