@@ -724,3 +724,12 @@ def test_scalings_that_rounding_nearly_loses(tmp_path: Path, scaling: float) -> 
     adapter = Adapter(name="s", modules={"unet.a": factors}, format="other")
     write(adapter, tmp_path / "out")
     assert read_adapter(tmp_path / "out").modules["unet.a"].scaling == scaling
+
+
+def test_the_page_shows_what_is_refused() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    start, end = "<!-- diffusers tensors: begin -->\n", "\n<!-- diffusers tensors: end -->"
+    table = page.split(start)[1].split(end)[0]
+    rows = [f"| `{name}` | {because} |" for name, because in REFUSED_NAMES.items()]
+    assert table.splitlines()[2:] == rows
+    assert ", ".join(f"`{part}`" for part in COMPONENTS) in page

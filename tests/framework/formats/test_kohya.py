@@ -619,3 +619,10 @@ def test_the_prefix_is_a_name() -> None:
     for prefix in ("", "lora.unet", "1x", "a b"):
         with pytest.raises(ValueError, match="prefix"):
             KohyaFormat(prefix=prefix)
+
+
+def test_the_page_shows_what_is_refused() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    table = page.split("<!-- kohya tensors: begin -->\n")[1].split("\n<!-- kohya tensors: end")[0]
+    rows = [f"| `{name}` | {because} |" for name, because in REFUSED_NAMES.items()]
+    assert table.splitlines()[2:] == rows
