@@ -8,7 +8,7 @@ from typing import Any
 
 import peft
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -61,6 +61,11 @@ KEYS = st.one_of(
 )
 
 
+# Alternatives are one expression, and the first key that matches decides.
+@example(rank_pattern={"q|out": 2}, alpha_pattern={"q|out": 3}, rank=4, alpha=5, rslora=False)
+@example(
+    rank_pattern={"mlp.in-out": 2}, alpha_pattern={".*": 3, "q": 7}, rank=4, alpha=5, rslora=True
+)
 @settings(max_examples=60, deadline=None)
 @given(
     rank_pattern=st.dictionaries(KEYS, st.integers(1, 6), max_size=5),
