@@ -330,10 +330,10 @@ def _converted_config(adapter: Adapter) -> str:
             f"{next(iter(adapter.verbatim))}: it has tensors that are no factors",
             "verbatim",
         )
-    if adapter.format == "kohya":
-        raise _not_in_mlx(
-            adapter, "its module names are flattened, and MLX needs the dots", "kohya"
-        )
+    for path in adapter.modules:
+        flat = adapter.format == "kohya" and "." not in path
+        if flat or any(part.startswith("lora_") for part in path.split(".")):
+            raise _not_in_mlx(adapter, f"{path}: the name is flattened, MLX needs its dots", path)
     first = next(iter(adapter.modules), None)
     if first is None:
         raise _not_in_mlx(adapter, "it has no module", "modules")

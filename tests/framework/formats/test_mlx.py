@@ -17,6 +17,7 @@ from adapters import make_adapter, write_peft_directory
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
 from unmerge.formats import MlxFormat, PeftFormat, read_adapter
+from unmerge.formats.mlx import EMBEDDINGS
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 EMBEDDING = "model.embed_tokens"
@@ -375,7 +376,8 @@ def linear(path: str, *, rank: int = 2, scaling: float = 1.0, kind: str = "linea
             "verbatim",
             "base_model.model.head.weight: it has tensors that are no factors",
         ),
-        (replace(linear("b.proj"), format="kohya"), "kohya", "MLX needs the dots"),
+        (linear("lora_unet_b"), "lora_unet_b", "the name is flattened, MLX needs its dots"),
+        (replace(linear("lycoris_b"), format="kohya"), "lycoris_b", "the name is flattened"),
         (Adapter(name="sql", modules={}), "modules", "it has no module"),
     ],
 )
@@ -391,6 +393,12 @@ def test_an_embedding_is_converted_too(tmp_path: Path) -> None:
     MlxFormat().write(linear("wte", kind="embedding"), tmp_path)
     back = read_adapter(tmp_path, name="sql")
     assert back.digest() == linear("wte", kind="embedding").digest()
+
+
+def test_the_page_lists_the_names_of_embeddings() -> None:
+    page = Path(__file__).parents[3] / "docs" / "adapters.md"
+    listed = ", ".join(f"`{name}`" for name in sorted(EMBEDDINGS))
+    assert listed in " ".join(page.read_text(encoding="utf-8").split())
 
 
 def test_options() -> None:
