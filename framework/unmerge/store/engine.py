@@ -31,6 +31,11 @@ def new_root(session: icechunk.Session) -> zarr.Group:
     return zarr.create_group(session.store, zarr_format=3)
 
 
+def writable_root(session: icechunk.Session) -> zarr.Group:
+    """Return the root group of a session that writes."""
+    return zarr.open_group(session.store, mode="r+", zarr_format=3, use_consolidated=False)
+
+
 @functools.cache
 def prepare() -> None:
     """Set Icechunk up for this process, once, before its first use."""

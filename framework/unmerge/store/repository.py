@@ -4,66 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
-import re
-import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import icechunk
 import zarr
 
 from unmerge.errors import ConfigError, StoreError, UnknownVersionError
-from unmerge.store.engine import BRANCH
+from unmerge.store.engine import BRANCH, writable_root
 from unmerge.store.failures import backend, is_failure, reason
 from unmerge.store.local import LocalPlace
+from unmerge.store.places import Place, place_at
 from unmerge.store.records import Version
-from unmerge.store.remote import S3Place
+from unmerge.store.transactions import transact
 
 __all__ = ["GarbageReport", "StoreRepository", "backend", "is_failure", "reason"]
 
 T = TypeVar("T")
 
-# `pathlib.Path` makes `s3:/bucket` of `s3://bucket`. One letter would be a drive of Windows.
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 _SHORTEST_PREFIX = 6
 _ID_LENGTH = 20
-# Metadata of a commit, by which its writer recognises it again.
-_TRANSACTION = "unmerge_transaction"
-_FIRST_DELAY, _LONGEST_DELAY = 0.02, 2.0
-# Refusals in a row of a commit that nobody else's commit explains.
-_PATIENCE = 5
-
-
-class Place(Protocol):
-    """Where a repository lies, and what differs between a local disk and an object store."""
-
-    address: str
-    longest_transaction: timedelta | None
-
-    def open(self) -> icechunk.Repository:
-        """Open the repository, creating nothing."""
-
-    def create(self, initialise: Callable[[zarr.Group], None]) -> None:
-        """Create the repository with a first version."""
-
-    def lock(self) -> AbstractContextManager[object]:
-        """Return what keeps other writers out, if that is needed."""
-
-    def cutoff(self, older_than: datetime | None, *, force: bool) -> datetime:
-        """Return before when an unreferenced object may be collected."""
-
-    def check_tags(self, tags: Iterable[str]) -> None:
-        """Check that Icechunk lists every tag there is."""
-
-    def sweep(self, cutoff: datetime) -> tuple[int, int]:
-        """Delete what Icechunk does not know of; return objects and bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +69,7 @@ class StoreRepository:
             StoreExistsError: Something is there already.
             StoreError: The address is no directory and no `s3://bucket/prefix`, or writing failed.
         """
-        place = _place(address)
+        place = place_at(address)
         with backend(f"{place.address}: cannot create a store"):
             place.create(initialise)
         return cls._open(place)
@@ -116,7 +81,7 @@ class StoreRepository:
         Raises:
             StoreError: There is none, or it cannot be reached.
         """
-        return cls._open(_place(address))
+        return cls._open(place_at(address))
 
     @classmethod
     def _open(cls, place: Place) -> StoreRepository:
@@ -149,7 +114,7 @@ class StoreRepository:
 
     def root(self, session: icechunk.Session) -> zarr.Group:
         """Return the root group of a session that writes."""
-        return zarr.open_group(session.store, mode="r+", zarr_format=3, use_consolidated=False)
+        return writable_root(session)
 
     def session(self) -> icechunk.Session:
         """Return a new session that writes on top of the newest version; see `transact`."""
@@ -176,32 +141,7 @@ class StoreRepository:
             BaseException: Whatever `write` raises; nothing is written then.
         """
         with self._writing():
-            refusals = unexplained = 0
-            while True:
-                with backend(f"{self.address}: cannot commit"):
-                    session = self.session()
-                    base = session.snapshot_id
-                    root = self.root(session)
-                began = time.monotonic()
-                value = write(root, base)
-                self._check_duration(time.monotonic() - began)
-                with backend(f"{self.address}: cannot commit"):
-                    if not session.has_uncommitted_changes:
-                        return base, value
-                    version = self._commit(session, base, message)
-                    if version is not None:
-                        return version, value
-                    refusals += 1
-                    unexplained = unexplained + 1 if self.tip() == base else 0
-                    if unexplained == _PATIENCE:
-                        raise StoreError(
-                            f"{self.address}: cannot commit: refused {_PATIENCE} times as too late "
-                            f"though {base} is still the newest version; check the server"
-                        )
-                longest = min(_LONGEST_DELAY, _FIRST_DELAY * 2.0 ** min(refusals, 10))
-                # Not the module's generator: processes that were forked share its state, and
-                # would all wait equally long.
-                time.sleep(random.SystemRandom().uniform(0, longest))
+            return transact(self._repository, self._place, write, message)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -209,56 +149,6 @@ class StoreRepository:
             with backend(f"{self.address}: cannot lock the store"):
                 held.enter_context(self.lock())
             yield
-
-    def _check_duration(self, seconds: float) -> None:
-        longest = self._place.longest_transaction
-        if longest is not None and seconds > longest.total_seconds():
-            raise StoreError(
-                f"{self.address}: writing took {seconds / 3600:.1f} hours, expected at most "
-                f"{longest.total_seconds() / 3600:.0f}: what was written first may have been "
-                "collected as garbage, so nothing is committed; commit less at a time"
-            )
-
-    def _commit(self, session: icechunk.Session, base: str, message: str) -> str | None:
-        """Commit and return the version's id, or None if somebody else was faster.
-
-        Raises:
-            StoreError: The commit was acknowledged but is not in the history.
-        """
-        mark = uuid.uuid4().hex
-        try:
-            version = session.commit(message, metadata={_TRANSACTION: mark})
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            # A write whose answer was lost is sent again and then refused, because of the version
-            # it wrote itself: what an error means is seen in the history only.
-            try:
-                landed = self._landed(mark, base)
-            except Exception as second:
-                raise StoreError(
-                    f"{self.address}: whether the commit succeeded is unknown: {reason(error)}; "
-                    "look at the history (unmerge log on the command line) before committing again"
-                ) from second
-            if landed is None and not isinstance(error, icechunk.ConflictError):
-                raise
-            return landed
-        if self.tip() != version and self._landed(mark, base) is None:
-            raise StoreError(
-                f"{self.address}: version {version} was acknowledged and is not in the history: "
-                "the server does not honour conditional writes, so it can hold no store that "
-                "several people write to; commit again, and move the store to another server"
-            )
-        return version
-
-    def _landed(self, mark: str, base: str) -> str | None:
-        """Return the version written since `base` by the transaction of that mark, if any."""
-        for entry in self._repository.ancestry(branch=BRANCH):
-            if entry.metadata.get(_TRANSACTION) == mark:
-                return entry.id
-            if entry.id == base:
-                break
-        return None
 
     def history(self, version: str, *, limit: int | None = None) -> list[Version]:
         """Return `version` and those before it, newest first, at most `limit` of them."""
@@ -427,30 +317,3 @@ class StoreRepository:
 def _check_zone(moment: datetime) -> None:
     if moment.tzinfo is None:
         raise ConfigError(f"older_than is {moment.isoformat()}, expected a time with a time zone")
-
-
-def _place(address: str | os.PathLike[str]) -> Place:
-    """Read an address.
-
-    Raises:
-        StoreError: It is neither a usable path nor `s3://bucket/prefix`.
-    """
-    text = os.fspath(address)
-    if text.startswith("s3://"):
-        return S3Place(text)
-    if "://" in text or _ADDRESS.match(text):
-        hint = "; give it as text, pathlib takes a slash away" if text.startswith("s3:") else ""
-        raise StoreError(
-            f"{text}: is an address of a kind that holds no store, "
-            f"expected a local directory or s3://bucket/prefix{hint}"
-        )
-    try:
-        usable = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        usable = False
-    if not usable:
-        raise StoreError(
-            f"{text!r}: no path can hold a NUL or a character that the file system's encoding "
-            "lacks, expected a local directory"
-        )
-    return LocalPlace(Path(text))
