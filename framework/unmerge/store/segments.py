@@ -70,7 +70,7 @@ def append_rows(
     full = rows_per_chunk(shape, np.dtype(storage_dtype(dtype)).itemsize)
     taken = merged_tail(segments, len(rows), full)
     kept = list(segments[: len(segments) - taken])
-    old = [bits for _, bits in _take_away(root, path, segments, shape, dtype, after=sum(kept))]
+    old = _take_away(root, path, segments, shape, dtype, after=sum(kept))
     write_rows(
         root,
         f"{path}.{sum(kept)}",
@@ -108,8 +108,8 @@ def read_rows(
     shape: tuple[int, ...],
     dtype: str,
     rows: Sequence[int],
-) -> Iterator[tuple[int, Bits]]:
-    """Give `(row, bits)` of some rows of the table at `path`, one read per segment.
+) -> Iterator[tuple[Sequence[int], Bits]]:
+    """Give some rows of the table at `path`, in one read and one block per segment.
 
     Args:
         root: Root group of any session.
@@ -118,6 +118,9 @@ def read_rows(
         shape: Shape of a row.
         dtype: Name of the rows' dtype.
         rows: Row numbers, ascending.
+
+    Yields:
+        Row numbers and their bits, `(rows, *shape)`.
     """
     wanted = np.asarray(rows)
     found = 0
@@ -136,8 +139,7 @@ def read_rows(
         low, high = int(inside[0]), int(inside[-1])
         contiguous = high - low + 1 == len(inside)
         block = array[low : high + 1] if contiguous else array.oindex[inside]
-        for row, bits in zip(inside, np.asarray(block), strict=True):
-            yield first + int(row), bits
+        yield (inside + first).tolist(), np.ascontiguousarray(block)
     if found != len(wanted):
         raise IndexError(f"{path} has {sum(segments)} rows, expected more than {max(rows)}")
 
@@ -150,10 +152,11 @@ def _take_away(
     dtype: str,
     *,
     after: int,
-) -> list[tuple[int, Bits]]:
+) -> list[Bits]:
     """Return the rows from number `after` on and delete their segments; a few chunks at most."""
     last = range(after, sum(segments))
-    taken = list(read_rows(root, path, segments, shape, dtype, last)) if last else []
+    blocks = read_rows(root, path, segments, shape, dtype, last) if last else ()
+    taken = [bits for _, block in blocks for bits in block]
     for first, _ in _starts(segments):
         if first >= after:
             del root[f"{path}.{first}"]

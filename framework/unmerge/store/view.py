@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -234,21 +235,25 @@ class StoreView:
             f"(rank {wanted.module.rank}, {dtype})"
         )
         found = []
-        for row, bits in self._read_rows(wanted, where=where):
-            name, checksum = wanted.owners[row]
-            if crc32(bits) != checksum:
-                raise StoreError(_damage(f'{where}, row {row}, adapter "{name}"'))
-            found.append((name, from_stored(bits, dtype)))
+        for rows, block in self._read_rows(wanted, where=where):
+            tensors = from_stored(block, dtype)
+            content = block.reshape(-1).view(np.uint8).data
+            nbytes = len(content) // len(rows)
+            for i, row in enumerate(rows):
+                name, checksum = wanted.owners[row]
+                if zlib.crc32(content[i * nbytes : (i + 1) * nbytes]) != checksum:
+                    raise StoreError(_damage(f'{where}, row {row}, adapter "{name}"'))
+                found.append((name, tensors[i]))
         return found
 
-    def _read_rows(self, wanted: _Rows, *, where: str) -> list[tuple[int, Bits]]:
-        """Return rows of one table; where that fails, say whose they are."""
+    def _read_rows(self, wanted: _Rows, *, where: str) -> list[tuple[Sequence[int], Bits]]:
+        """Return blocks of rows of one table; where that fails, say whose they are."""
         table = wanted.module.table(wanted.path, wanted.factor)
         shape = wanted.module.factor_shape(wanted.factor)
         dtype = wanted.module.factor(wanted.factor).dtype
         segments = self.index.tables.get(table, [])
 
-        def read(rows: Sequence[int]) -> list[tuple[int, Bits]]:
+        def read(rows: Sequence[int]) -> list[tuple[Sequence[int], Bits]]:
             return list(read_rows(self._root, table, segments, shape, dtype, rows))
 
         try:

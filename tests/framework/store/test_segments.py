@@ -88,8 +88,9 @@ def test_rows_keep_their_numbers(batches: list[int], data: st.DataObject) -> Non
     assert len(list(root.array_keys())) == len(segments)
     wanted = sorted(data.draw(st.sets(st.integers(0, total - 1), min_size=1)))
     read = list(read_rows(root, "t", segments, SHAPE, "float32", wanted))
-    assert [row for row, _ in read] == wanted
-    assert all((bits == row).all() for row, bits in read)
+    assert [row for rows, _ in read for row in rows] == wanted
+    for rows, block in read:
+        assert (block == np.array(rows)[:, None, None]).all()
 
 
 def test_a_table_that_is_not_as_recorded_is_an_error() -> None:
