@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapters import make_adapter, write_peft_directory
+from unmerge import AdapterStore
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
 from unmerge.formats import (
@@ -591,7 +592,8 @@ def test_at_most_one_format_recognises_a_path(tmp_path: Path) -> None:
     peft_keys = pair("base_model.model.down_blocks.0.to_q")
     kohya = {"lora_unet_x.lora_down.weight": torch.ones(1, 1)}
     assert recognised(save(tmp_path / "a" / FILE, plain).parent) == ["diffusers"]
-    assert len(recognised(tmp_path / "a" / FILE)) <= 1
+    assert recognised(tmp_path / "a" / FILE) == ["peft_file"]
+    assert recognised(save(tmp_path / "model.safetensors", {"x.weight": torch.ones(2)})) == []
     assert "diffusers" not in recognised(save(tmp_path / "b" / FILE, peft_keys).parent)
     assert "diffusers" not in recognised(tmp_path / "b" / FILE)
     assert recognised(save(tmp_path / "c" / FILE, kohya).parent) == ["kohya"]
@@ -626,6 +628,16 @@ def test_the_file_is_given_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) 
     written = write(read(file, "style"), tmp_path / "out")
     assert written.name == file.name
     assert contents(written) == contents(file)
+
+
+def test_the_file_comes_back_from_a_store(tmp_path: Path) -> None:
+    header = settings(unet=UNET_SETTINGS, text_encoder=TEXT_SETTINGS)
+    file = save(tmp_path / "style.safetensors", pipeline(torch.bfloat16), header)
+    store = AdapterStore.create(tmp_path / "zoo")
+    store.add(read(file))
+    store.commit("one adapter")
+    stored = AdapterStore.open(tmp_path / "zoo").read_adapter("style")
+    assert contents(write(stored, tmp_path / "out")) == contents(file)
 
 
 def test_a_configuration_of_another_adapter(tmp_path: Path) -> None:

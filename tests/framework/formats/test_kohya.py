@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from adapters import make_adapter, write_peft_directory
+from unmerge import AdapterStore
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
 from unmerge.formats import KohyaFormat, default_formats, read_adapter, read_peft
@@ -484,6 +485,15 @@ def test_the_configuration_is_canonical(tmp_path: Path) -> None:
         f'{{"alphas":{{"{UNET}":{{"dtype":"bfloat16","shape":[],"value":0.10009765625}}}},'
         '"file":"s.safetensors","keys":{},"metadata":{"a":"ä","b":"2"}}'
     )
+
+
+def test_the_file_comes_back_from_a_store(tmp_path: Path) -> None:
+    file = save(tmp_path / "style.safetensors", model(torch.bfloat16), METADATA)
+    store = AdapterStore.create(tmp_path / "zoo")
+    store.add(read(file))
+    store.commit("one adapter")
+    stored = AdapterStore.open(tmp_path / "zoo").read_adapter("style")
+    assert contents(write(stored, tmp_path / "out")) == contents(file)
 
 
 def changed(adapter: Adapter, **fields: Any) -> Adapter:
