@@ -68,15 +68,16 @@ class StoreView:
             StoreIndex, data, attributes.get("index_sha256"), where=f"{self._place}: index"
         )
         self._segments: dict[int, list[bytes]] = {}
+        self._records: dict[str, StoredAdapter] = {}
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of all adapters, sorted."""
         return tuple(sorted(self.index.adapters))
 
-    @cached_property
+    @property
     def records(self) -> dict[str, StoredAdapter]:
-        """Every adapter's record by name, sorted; parsed once."""
+        """Every adapter's record by name, sorted."""
         return {name: self.record(name) for name in self.names}
 
     @cached_property
@@ -99,12 +100,14 @@ class StoreView:
         return dict(sorted(known.items()))
 
     def record(self, name: str) -> StoredAdapter:
-        """Return one adapter's record.
+        """Return one adapter's record, parsed once.
 
         Raises:
             AdapterNotInStoreError: There is no such adapter.
             StoreError: The record is damaged.
         """
+        if name in self._records:
+            return self._records[name]
         if name not in self.index.adapters:
             raise AdapterNotInStoreError(
                 f'{self._place} has no adapter "{name}"; it has {_some(self.names)}'
@@ -122,19 +125,14 @@ class StoreView:
             with backend(f"{where}: the record cannot be read"):
                 self._segments[first] = read_records(self._root, first, length)
         line = self._segments[first][place.row - first]
-        return parse(StoredAdapter, line, place.sha256, where=where)
+        return self._records.setdefault(name, parse(StoredAdapter, line, place.sha256, where=where))
 
     def read_module(self, path: str, names: Sequence[str] | None) -> list[tuple[str, Factors]]:
         """Return one module's factors by adapter; see `AdapterStore.read_module`."""
-        if names is not None:
-            for name in names:
-                if name not in self.index.adapters:
-                    self.record(name)  # raises, with the names there are
         asked = self.names if names is None else sorted(set(names))
-        # Without names all records are needed, and parsed once; with them only theirs are.
-        records = self.records if names is None else {name: self._known(name) for name in asked}
+        records = {name: self.record(name) for name in asked}
         holders = {
-            name: records[name].modules[path] for name in asked if path in records[name].modules
+            name: record.modules[path] for name, record in records.items() if path in record.modules
         }
         if not holders:
             who = "no adapter" if names is None else "none of the adapters asked for"
@@ -186,11 +184,6 @@ class StoreView:
             typed = bits.view(storage_dtype(stored.dtype)).reshape(stored.shape)
             tensors[key] = from_stored(typed, stored.dtype)
         return tensors
-
-    def _known(self, name: str) -> StoredAdapter:
-        """Return a record, from those parsed already if they are."""
-        parsed = self.__dict__.get("records")
-        return parsed[name] if parsed is not None else self.record(name)
 
     def _read(
         self, wanted: Mapping[str, Mapping[str, ModuleRecord]]
