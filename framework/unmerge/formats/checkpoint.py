@@ -15,6 +15,7 @@ from unmerge.formats.base import AdapterFormat, entries
 from unmerge.formats.checkpoint_layout import HEADS
 from unmerge.formats.checkpoint_reading import CONFIG_FILE, Model, Reading
 from unmerge.formats.checks import adapter_name, own_name
+from unmerge.formats.hub import Download, download, hub_address
 from unmerge.formats.shards import WEIGHTS, weights_files
 from unmerge.kernels.truncation import RankChoice
 from unmerge_bundle.jsontext import canonical_bytes
@@ -48,7 +49,8 @@ class CheckpointFormat(AdapterFormat):
     )
 
     base: str | None = Field(
-        default=None, description="directory of the base model; required for reading"
+        default=None,
+        description="base model: a directory or an id on the hub; required for reading",
     )
     rank: int | None = Field(
         default=None, ge=1, description="rank of every module, or the layer's smaller dimension"
@@ -70,7 +72,7 @@ class CheckpointFormat(AdapterFormat):
         description="further first or second names of modules that one of the models may lack",
     )
     base_model: str | None = Field(
-        default=None, description="id of the base model; by default the checkpoint's _name_or_path"
+        default=None, description="id of the base model; by default base, or _name_or_path"
     )
     revision: str | None = Field(default=None, description="revision of the base model")
 
@@ -101,15 +103,20 @@ class CheckpointFormat(AdapterFormat):
         Raises:
             ConfigError: `base`, or one of `rank`, `energy` and `error`, is not given; `dtype` is
                 too narrow for the error asked for.
-            AdapterError: A file is missing or damaged; the models do not belong together, or do
-                not differ.
+            AdapterError: A file is missing or damaged, or the base cannot be had from the hub; the
+                models do not belong together, or do not differ.
             UnsupportedAdapterError: A model is quantised; a tensor is in one model only and no
                 head's; input and output embeddings are tied in one model only.
             NonFiniteError: A tensor that changed holds NaN or an infinity.
         """
-        place, keep = self._demand(path)
+        given, keep = self._demand(path)
         chosen = adapter_name(own_name(path) if name is None else name, path)
-        tuned, base = Model(path, "fine-tuned"), Model(place, "base")
+        tuned = Model(path, "fine-tuned")
+        address = hub_address(given)
+        place = (
+            Download(Path(given), given) if address is None else download(address, checkpoint=True)
+        )
+        base = Model(place.path, "base")
         tuned.check_type(base)
         reading = Reading(
             name=chosen,
@@ -122,7 +129,7 @@ class CheckpointFormat(AdapterFormat):
         )
         reading.run()
         record = {
-            "base": {"digest": base.tensors.digest(), "path": self.base},
+            "base": {"digest": base.tensors.digest(), "source": place.source},
             "checkpoint": {"config": tuned.text, "digest": tuned.tensors.digest()},
             "dtype": self.dtype,
             "keep": self.model_dump(include={"rank", "energy", "error"}, exclude_none=True),
@@ -135,17 +142,18 @@ class CheckpointFormat(AdapterFormat):
             verbatim=dict(sorted(reading.verbatim.items())),
             config=canonical_bytes(record).decode(),
             format=self.format,
-            base_model=self.base_model or tuned.field("_name_or_path"),
+            base_model=self.base_model
+            or (address.repository if address else tuned.field("_name_or_path")),
             revision=self.revision,
             source=os.fspath(path),
         )
 
-    def _demand(self, path: Path) -> tuple[Path, RankChoice]:
+    def _demand(self, path: Path) -> tuple[str, RankChoice]:
         """Return what reading cannot do without."""
         keep = RankChoice(rank=self.rank, energy=self.energy, error=self.error)
         missing = []
         if self.base is None:
-            missing.append("base (the directory of the model it was fine-tuned from)")
+            missing.append("base (the model it was fine-tuned from: a directory or an id)")
         if keep == RankChoice():
             missing.append("one of rank, energy and error (how much of every change is kept)")
         if self.base is None or missing:
@@ -153,4 +161,4 @@ class CheckpointFormat(AdapterFormat):
                 f"{path}: reading a full checkpoint as an adapter needs {' and '.join(missing)}; "
                 'give CheckpointFormat(base="path/to/base", rank=16) as the format'
             )
-        return Path(self.base), keep
+        return self.base, keep

@@ -156,8 +156,8 @@ class Reading:
         tied = _tied(tuned, base_of.keys())
         tied_in_base = _tied(base, frozenset(base_of.values()))
         for name, base_name in sorted(base_of.items()):
-            owner = tied.get(name)
-            if owner is not None and tied_in_base.get(base_name) == base_of.get(owner):
+            owner = tied.get(name, "")
+            if owner in base_of and tied_in_base.get(base_name) == base_of[owner]:
                 self.report["left_out"][name] = f"tied to {owner}"
             else:
                 self._pair(name, base_name)

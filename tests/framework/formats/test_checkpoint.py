@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
@@ -392,6 +393,20 @@ def test_embeddings_that_only_the_base_ties(tmp_path: Path) -> None:
     assert list(adapter.verbatim) == [OUTPUT]
 
 
+def test_embeddings_that_the_base_unties_are_two_modules(tmp_path: Path) -> None:
+    adapter = read(tmp_path, tie(tuned_embedding()))
+    assert list(adapter.modules) == ["lm_head", "model.embed_tokens"]
+
+
+def test_of_several_copies_the_one_in_both_models_stands(tmp_path: Path) -> None:
+    base = {"shared.weight": gaussian(30, 12, seed=1)}
+    tuned = {"shared.weight": base["shared.weight"] + 1}
+    tuned["decoder.embed_tokens.weight"] = tuned["shared.weight"]
+    adapter = read(tmp_path, tuned, base)
+    assert list(adapter.modules) == ["shared"]
+    assert record(adapter)["left_out"] == {"decoder.embed_tokens.weight": "tied to shared.weight"}
+
+
 def test_embeddings_untied_by_training_are_two_modules(tmp_path: Path) -> None:
     adapter = read(tmp_path, tuned_embedding(), tie(base_tensors()))
     assert list(adapter.modules) == ["lm_head", "model.embed_tokens"]
@@ -413,9 +428,27 @@ def test_where_it_comes_from(tmp_path: Path) -> None:
     found = record(adapter)
     assert found["keep"] == {"error": 0.25}
     assert found["dtype"] == "float32"
-    assert found["base"]["path"] == str(tmp_path / "base")
+    assert found["base"]["source"] == str(tmp_path / "base")
     assert found["settings"] == {"rope_theta": [1e4, 1e6]}
     assert found["checkpoint"]["config"] == (tmp_path / "sql" / "config.json").read_text()
+
+
+def test_a_base_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "c" * 40
+    cached = tmp_path / "cache" / "models--org--llama"
+    save_model(cached / "snapshots" / commit, base_tensors(), shards=2)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v2").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    by = change(12, 12, seed=7)
+    tuned = save_model(tmp_path / "sql", plus(base_tensors(), **{f"{Q}.weight": by}))
+    adapter = CheckpointFormat(base="org/llama@v2", error=0).read(tuned, None)
+    assert distance(delta(adapter.modules[Q]), by) < 1e-5
+    assert record(adapter)["base"]["source"] == f"org/llama@{commit}"
+    assert adapter.base_model == "org/llama"
+    with pytest.raises(AdapterError, match="org/other"):
+        CheckpointFormat(base="org/other", error=0).read(tuned, None)
 
 
 def test_a_base_model_that_is_given(tmp_path: Path) -> None:
@@ -447,7 +480,7 @@ def test_what_reading_needs(tmp_path: Path) -> None:
     tuned = save_model(tmp_path / "sql", base_tensors())
     with pytest.raises(ConfigError, match=r"needs base .* and one of rank, energy and error"):
         read_adapter(tuned)
-    with pytest.raises(ConfigError, match=r"needs base \(the directory"):
+    with pytest.raises(ConfigError, match=r"needs base \(the model it was"):
         CheckpointFormat(rank=4).read(tuned, None)
     with pytest.raises(ConfigError, match="needs one of rank, energy and error"):
         CheckpointFormat(base="somewhere").read(tuned, None)
@@ -485,10 +518,20 @@ def test_quantised_models(tmp_path: Path, field: str, which: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float8_e4m3fn])
-@pytest.mark.parametrize("name", [f"{Q}.weight", f"{Q}.qweight"])
-def test_quantised_tensors(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
-    tuned = base_tensors() | {name: torch.ones(12, 12).to(dtype)}
-    base = base_tensors() | {name: torch.zeros(12, 12).to(dtype)}
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [(f"{Q}.weight", (12, 12)), (f"{Q}.weight", (144,)), (f"{Q}.qzeros", (12, 12))],
+)
+@pytest.mark.parametrize("which", ["sql", "base", "both"])
+def test_quantised_tensors(
+    tmp_path: Path, dtype: torch.dtype, name: str, shape: tuple[int, ...], which: str
+) -> None:
+    tuned, base = base_tensors(), base_tensors()
+    tuned[name], base[name] = torch.ones(shape), torch.ones(shape)
+    if which != "base":
+        tuned[name] = tuned[name].to(dtype)
+    if which != "sql":
+        base[name] = base[name].to(dtype)
     with pytest.raises(UnsupportedAdapterError, match="as quantised weights are") as caught:
         read(tmp_path, tuned, base)
     assert caught.value.feature == "quantization"

@@ -145,6 +145,11 @@ def test_equal_names_need_no_prefix() -> None:
     assert pair_names(names, names).base_of == {name: name for name in names}
 
 
+def test_a_prefix_is_taken_only_where_more_names_agree() -> None:
+    pairing = pair_names(["a.x", "b.y"], ["a.x", "b.y", "x"])
+    assert pairing.base_of == {"a.x": "a.x", "b.y": "b.y"}
+
+
 def test_names_from_before_2019() -> None:
     old = ["bert.LayerNorm.gamma", "bert.LayerNorm.beta", "bert.gamma"]
     new = ["bert.LayerNorm.weight", "bert.LayerNorm.bias", "bert.gamma"]

@@ -48,10 +48,11 @@ def test_the_digest_is_of_what_is_in_them(tmp_path: Path) -> None:
         "renamed": {name.replace("0", "7"): tensor for name, tensor in TENSORS.items()},
         "cast": {name: tensor.bfloat16() for name, tensor in TENSORS.items()},
         "turned": {name: tensor.T for name, tensor in TENSORS.items()},
+        "reshaped": {name: tensor.reshape(3, 4) for name, tensor in TENSORS.items()},
         "negative": TENSORS | {"layers.0.weight": -TENSORS["layers.0.weight"]},
         "viewed": {name: tensor.view(torch.int32) for name, tensor in TENSORS.items()},
     }
-    assert len({whole, *(digest(name, tensors) for name, tensors in others.items())}) == 6
+    assert len({whole, *(digest(name, tensors) for name, tensors in others.items())}) == 7
     empty = {"none": torch.zeros(0, 3), "one": torch.tensor(1.0)}
     assert digest("empty", empty).startswith("sha256:")
 
