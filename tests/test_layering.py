@@ -48,6 +48,7 @@ LAYERS = (
     ("kernels",),
     ("formats",),
     ("stack", "store"),
+    ("importing", "exporting"),
     ("merger",),
     ("matrices", "registry"),
     ("elementwise",),

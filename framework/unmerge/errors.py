@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UnmergeError(Exception):
     """Root of the framework's errors; the command line prints it as one line and exits 1."""
@@ -29,6 +31,35 @@ class UnsupportedAdapterError(AdapterError):
 
 class IncompatibleAdaptersError(AdapterError):
     """Adapters cannot be merged together: base model, shapes or ranks differ."""
+
+
+class ImportRefusedError(AdapterError):
+    """Of several adapters some cannot be added to a store, so that none was.
+
+    Attributes:
+        refused: Each source that is refused, and why.
+        of: How many sources there were.
+    """
+
+    def __init__(self, refused: Sequence[tuple[str, str]], *, of: int) -> None:
+        self.refused = tuple(refused)
+        self.of = of
+        shown = "; ".join(self.reasons[:20])
+        more = f"; and {len(refused) - 20} more" if len(refused) > 20 else ""
+        super().__init__(f"{self.summary}: {shown}{more}")
+
+    @property
+    def summary(self) -> str:
+        """How many are refused."""
+        return f"{len(self.refused)} of {self.of} adapters cannot be added, so that none was"
+
+    @property
+    def reasons(self) -> list[str]:
+        """One line for each source that is refused; it begins with the source."""
+        return [
+            reason if reason.startswith(source.rstrip("/")) else f"{source}: {reason}"
+            for source, reason in self.refused
+        ]
 
 
 class ModuleNotInAdapterError(AdapterError, LookupError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -72,6 +72,14 @@ class AdapterFormat(BaseModel, ABC):
             "format can only be read; choose another one",
             feature=self.format,
         )
+
+    def reader_of(self, adapter: Adapter) -> Self:  # noqa: ARG002 - for those that override this
+        """Return the format with the options it takes to read what `write` makes of `adapter`.
+
+        A format whose options say what files do not overrides this, and takes them from the
+        configuration of an adapter of its own.
+        """
+        return type(self)()
 
 
 def entries(path: Path) -> list[Path]:

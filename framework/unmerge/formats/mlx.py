@@ -171,6 +171,13 @@ class MlxFormat(AdapterFormat):
         if text is not None:
             (directory / CONFIG_FILE).write_bytes(text.encode())
 
+    def reader_of(self, adapter: Adapter) -> MlxFormat:
+        """Return the format with the scale that it was told when it read the adapter, if any."""
+        if adapter.format != self.format:
+            return MlxFormat()
+        where = f'"{adapter.name}" (config)'
+        return MlxFormat(scale=parse_json_object(adapter.config.encode(), where)["scale"])
+
     def _settings(self, data: bytes | None, where: Path) -> _Settings:
         if data is not None:
             return _parse_config(parse_json_object(data, str(where)), self.scale, str(where))

@@ -222,6 +222,13 @@ class PeftFileFormat(AdapterFormat):
             metadata = {"format": "pt", METADATA_KEY: config}
             _write(directory / f"{adapter.name}{SUFFIX}", plain, metadata)
 
+    def reader_of(self, adapter: Adapter) -> PeftFileFormat:
+        """Return the format with what it was told when it read the adapter."""
+        if adapter.format != self.format:
+            return PeftFileFormat()
+        record = _Record.of(adapter)
+        return PeftFileFormat(alpha=record.alpha, scaling=record.scaling, rslora=record.rslora)
+
     def _modules(
         self,
         found: Mapping[str, Mapping[str, torch.Tensor]],

@@ -1,0 +1,214 @@
+"""Many adapters into a store at once: all are read and checked before one of them is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from unmerge.adapter import Adapter
+from unmerge.errors import (
+    AdapterError,
+    AdapterExistsError,
+    ConfigError,
+    DuplicateAdapterError,
+    ImportRefusedError,
+    NonFiniteError,
+    StoreError,
+    UnmergeError,
+)
+from unmerge.formats import AdapterFormat, Formats, default_formats, read_adapter
+from unmerge.store import AdapterStore
+
+__all__ = ["ImportReport", "Imported", "Status", "import_adapters"]
+
+Status = Literal["added", "replaced", "unchanged", "refused"]
+Progress = Callable[[str, int, int], None]
+
+# What is wrong with one source, and no reason to doubt the next one or the store.
+_ONE_SOURCE = (
+    AdapterError,
+    AdapterExistsError,
+    ConfigError,
+    DuplicateAdapterError,
+    NonFiniteError,
+)
+# Adapters that a message of the log names.
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What became of one source.
+
+    Attributes:
+        source: The source, as it was given.
+        status: "added"; "replaced", in the place of a stored adapter of its name; "unchanged",
+            because that one was the same; or "refused".
+        name: The adapter's name; of a refused source only if one was given.
+        reason: Why it was refused, in one line.
+        base_model: The base model that the source names, if any.
+    """
+
+    source: str
+    status: Status
+    name: str | None = None
+    reason: str = ""
+    base_model: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an import did.
+
+    Attributes:
+        version: The version written; the one there was if there was nothing to write.
+        sources: What became of each source, in the order given.
+    """
+
+    version: str
+    sources: tuple[Imported, ...]
+
+    def names(self, *statuses: Status) -> tuple[str, ...]:
+        """Return the names of the adapters of which one of these became, sorted."""
+        found = (source.name for source in self.sources if source.status in statuses)
+        return tuple(sorted(name for name in found if name is not None))
+
+    @property
+    def refused(self) -> tuple[Imported, ...]:
+        """The sources that were refused, in the order given."""
+        return tuple(source for source in self.sources if source.status == "refused")
+
+
+def import_adapters(
+    store: AdapterStore,
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    format: str | AdapterFormat | None = None,  # noqa: A002 - the field's word, as in `Adapter`
+    formats: Formats | None = None,
+    note: str = "",
+    metadata: Mapping[str, str] | None = None,
+    replace: bool = False,
+    allow_duplicates: bool = False,
+    skip_bad: bool = False,
+    message: str | None = None,
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Read adapters, check them all, and commit them as one version.
+
+    Memory holds one adapter at a time; those that passed wait in a temporary file. Whatever is
+    raised, the store is at its last commit, and nothing is staged.
+
+    Args:
+        store: The store, with nothing staged.
+        sources: Paths or ids on the hub, as `read_adapter` takes them.
+        name: The adapter's name, where there is one source.
+        revision: Revision of the sources on the hub.
+        format: The format of all sources; recognised for each unless given.
+        formats: The formats there are; all installed ones unless given.
+        note: Free text to keep with each adapter.
+        metadata: Keys and values to keep with each adapter.
+        replace: Take the place of stored adapters of the same names. One that has the same tensors,
+            scalings and configuration is left as it is, unless a note or metadata are given that
+            it does not have.
+        allow_duplicates: Take adapters that are there under another name, bit for bit.
+        skip_bad: Commit the good ones where others are bad.
+        message: What is done, for the history; by default it names the adapters.
+        progress: Called with a phase, units done and units in all.
+
+    Returns:
+        What became of each source, in order.
+
+    Raises:
+        ConfigError: There is no source, or a name for several.
+        StoreError: Something is staged, or the store cannot be read or written.
+        UnknownFormatError: There is no format of that name.
+        ImportRefusedError: Of several sources some are bad, and `skip_bad` is not given. A single
+            source raises what is wrong with it, as `read_adapter` and `AdapterStore.add` do.
+    """
+    if not sources:
+        raise ConfigError("there is nothing to import; give at least one path or hub id")
+    if name is not None and len(sources) > 1:
+        raise ConfigError(f'the name "{name}" is for one adapter, but {len(sources)} are given')
+    if store.staged:
+        raise StoreError(
+            f"{store.address}: {', '.join(store.staged)} wait to be committed; "
+            "commit or discard them first"
+        )
+    known = default_formats() if formats is None else formats
+    chosen = known.build(format) if isinstance(format, str) else format
+    report = progress or _silent
+
+    def take(source: str | os.PathLike[str]) -> Imported:
+        adapter = read_adapter(source, name=name, revision=revision, format=chosen, formats=known)
+        there = replace and adapter.name in store.names()
+        if there and _unchanged(store, adapter, note, metadata):
+            return _became("unchanged", source, adapter)
+        store.add(
+            adapter, note=note, metadata=metadata, replace=there, allow_duplicates=allow_duplicates
+        )
+        return _became("replaced" if there else "added", source, adapter)
+
+    done: list[Imported] = []
+    errors: list[UnmergeError] = []
+    try:
+        for source in sources:
+            report("read", len(done), len(sources))
+            try:
+                done.append(take(source))
+            except _ONE_SOURCE as error:
+                errors.append(error)
+                reason = " ".join(str(error).split())
+                done.append(Imported(os.fspath(source), "refused", name, reason))
+        report("read", len(done), len(sources))
+        if errors and not skip_bad:
+            _refuse(done, errors)
+        version = store.version
+        if store.staged:
+            version = store.commit(
+                message or _message(store.staged),
+                progress=lambda part, whole: report("write", part, whole),
+            )
+    finally:
+        store.discard()
+    return ImportReport(version, tuple(done))
+
+
+def _refuse(done: Sequence[Imported], errors: Sequence[UnmergeError]) -> None:
+    """Raise what is wrong with the only source, or with all that are bad."""
+    if len(done) == 1:
+        raise errors[0]
+    refused = [(source.source, source.reason) for source in done if source.status == "refused"]
+    raise ImportRefusedError(refused, of=len(done)) from errors[0]
+
+
+def _became(status: Status, source: str | os.PathLike[str], adapter: Adapter) -> Imported:
+    return Imported(os.fspath(source), status, adapter.name, base_model=adapter.base_model)
+
+
+def _unchanged(
+    store: AdapterStore, adapter: Adapter, note: str, metadata: Mapping[str, str] | None
+) -> bool:
+    """Return whether the stored adapter of this name is this one."""
+    info = store.info(adapter.name)
+    return (
+        info.format == adapter.format
+        and (info.base_model, info.revision) == (adapter.base_model, adapter.revision)
+        and note in ("", info.note)
+        and metadata in (None, {}, info.metadata)
+        and store.read_config(adapter.name) == adapter.config
+        and info.digest == adapter.digest()
+    )
+
+
+def _message(names: Sequence[str]) -> str:
+    """Return what the history says by default, short however many adapters there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"add {', '.join(names[:_NAMED])}{more}"
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Ignore progress."""
