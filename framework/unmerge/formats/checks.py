@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from unmerge.adapter import Factors
-from unmerge.arrays import DTYPES, dtype_name
+from unmerge.arrays import DTYPES, dtype_name, to_numpy
 from unmerge.errors import AdapterError, NonFiniteError
 from unmerge.formats.base import excerpt
+from unmerge_bundle.blob import Held, write_safetensors
 from unmerge_bundle.kinds import LINEAR
 from unmerge_bundle.names import check_module_path, check_name
 
@@ -177,12 +177,8 @@ def save_tensors(
     Raises:
         OSError: The disk refuses.
     """
-    # Copies: views of one memory, as an adapter may hold them, are refused by safetensors.
-    copies = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
-    save_file(copies, file, metadata=dict(metadata) or None)
+    held = {key: Held.of(to_numpy(tensor), name=key) for key, tensor in tensors.items()}
+    write_safetensors(file, held, metadata or None)
 
 
 def shape_text(tensor: torch.Tensor) -> str:

@@ -17,10 +17,9 @@ import torch
 from pydantic import Field, model_validator
 
 from unmerge.adapter import Adapter, Factors
-from unmerge.arrays import to_numpy
 from unmerge.errors import AdapterError, UnsupportedAdapterError
 from unmerge.formats.base import AdapterFormat, describe, excerpt
-from unmerge.formats.checks import adapter_name, own_name
+from unmerge.formats.checks import adapter_name, own_name, save_tensors
 from unmerge.formats.diffusers import COMPONENTS, DiffusersFormat
 from unmerge.formats.files import (
     Header,
@@ -36,7 +35,6 @@ from unmerge.formats.peft_factors import read_factors, read_verbatim, written_te
 from unmerge.formats.peft_keys import CONFIG_FILE, FACTOR_NAMES, PREFIX, sort_tensors
 from unmerge.formats.peft_write import SAFETENSORS_FILE
 from unmerge.formats.single_file import SUFFIX, Alpha, FileRecord, header_at, is_file
-from unmerge_bundle.blob import Held, write_safetensors
 
 __all__ = ["PeftFileFormat"]
 
@@ -203,7 +201,7 @@ class PeftFileFormat(AdapterFormat):
                     tensors[prefix + key.removeprefix(PREFIX)] = tensor
             for path, alpha in record.alphas.items():
                 tensors[prefix + path + _ALPHA] = alpha.tensor()
-            _write(directory / record.file, tensors, record.metadata)
+            save_tensors(tensors, directory / record.file, record.metadata)
             return
         for path in adapter.modules:
             if path.partition(".")[0] in COMPONENTS:
@@ -220,7 +218,7 @@ class PeftFileFormat(AdapterFormat):
                 for key, tensor in load_safetensors(Path(scratch) / SAFETENSORS_FILE).items()
             }
             metadata = {"format": "pt", METADATA_KEY: config}
-            _write(directory / f"{adapter.name}{SUFFIX}", plain, metadata)
+            save_tensors(plain, directory / f"{adapter.name}{SUFFIX}", metadata)
 
     def reader_of(self, adapter: Adapter) -> PeftFileFormat:
         """Return the format with what it was told when it read the adapter."""
@@ -334,8 +332,3 @@ def _check_alphas(
                 f"{where} and {METADATA_KEY} in the header both say what scales the factors; "
                 "expected one of them; remove the one that is wrong"
             )
-
-
-def _write(file: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    held = {key: Held.of(to_numpy(tensor), name=key) for key, tensor in tensors.items()}
-    write_safetensors(file, held, metadata or None)
