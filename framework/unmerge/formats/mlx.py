@@ -9,13 +9,10 @@ What mlx-lm computes is read off its sources (ml-explore/mlx-lm, `tuner/lora.py`
 from __future__ import annotations
 
 import json
-import math
 import re
-import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -38,6 +35,7 @@ from unmerge.formats.files import (
     read_bytes,
     read_header,
 )
+from unmerge.formats.mlx_config import MlxSettings, parse_config
 from unmerge_bundle.jsontext import canonical_bytes
 from unmerge_bundle.kinds import LINEAR
 
@@ -69,7 +67,6 @@ EMBEDDINGS = frozenset(
 linear layers. The last part of the path that is no number counts."""
 
 _A, _B = ".lora_a", ".lora_b"
-_PARAMETERS = frozenset({"rank", "scale", "alpha", "dropout", "keys"})
 _PART_OF_FUSED = re.compile(r".*\.lora_[ab]\.[0-9]+")
 
 
@@ -178,24 +175,16 @@ class MlxFormat(AdapterFormat):
         where = f'"{adapter.name}" (config)'
         return MlxFormat(scale=parse_json_object(adapter.config.encode(), where)["scale"])
 
-    def _settings(self, data: bytes | None, where: Path) -> _Settings:
+    def _settings(self, data: bytes | None, where: Path) -> MlxSettings:
         if data is not None:
-            return _parse_config(parse_json_object(data, str(where)), self.scale, str(where))
+            return parse_config(parse_json_object(data, str(where)), self.scale, str(where))
         if self.scale is None:
             raise AdapterError(
                 f"{where}: is missing; without it the scale is unknown; get it from where the "
                 'weights came from, or give the option "scale" (20 was the default before April '
                 "2024)"
             )
-        return _Settings(rank=None, scale=self.scale, base_model=None, revision=None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    rank: int | None
-    scale: float
-    base_model: str | None
-    revision: str | None
+        return MlxSettings(rank=None, scale=self.scale, base_model=None, revision=None)
 
 
 def _no_weights(path: Path, directory: Path) -> AdapterError:
@@ -212,68 +201,8 @@ def _no_weights(path: Path, directory: Path) -> AdapterError:
     )
 
 
-def _parse_config(document: Mapping[str, Any], scale: float | None, where: str) -> _Settings:
-    """Return what counts of a configuration, which is all the arguments of a training run.
-
-    `fine_tune_type` came in September 2024, in place of `use_dora`; before that all was LoRA.
-    `lora_parameters` came in April 2024 with rank, alpha and scale, and mlx-lm multiplied by
-    `scale · alpha / rank`. Since June 2024 it multiplies by `scale` and ignores an alpha. A file
-    does not say by which version it was trained, so an alpha other than the rank is refused.
-    """
-    kind = document.get("fine_tune_type") or ("dora" if document.get("use_dora") else "lora")
-    if kind != "lora":
-        raise UnsupportedAdapterError(
-            f"{where}: fine_tune_type is {_short(kind)}, which is not supported: DoRA rescales the "
-            "updated weights and full fine-tuning replaces them; use an adapter trained with lora, "
-            "or fuse it with mlx_lm.fuse and read the model as a checkpoint",
-            feature="fine_tune_type",
-        )
-    given = document.get("lora_parameters")
-    if not isinstance(given, dict):
-        raise AdapterError(
-            f"{where}: lora_parameters is {_short(given)}; expected an object with rank and scale, "
-            "as mlx-lm writes it; get the configuration from where the weights came from"
-        )
-    for key in sorted(given.keys() - _PARAMETERS):
-        if given[key] not in (None, False):
-            raise UnsupportedAdapterError(
-                f"{where}: unknown entry {_short(key)} of lora_parameters is {_short(given[key])}; "
-                "it may change the delta; check what it means, and remove it if it has no effect "
-                "on the weights",
-                feature=key,
-            )
-    rank = given.get("rank")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-        raise AdapterError(
-            f"{where}: rank is {_short(rank)}; expected a whole number above 0; correct the file"
-        )
-    return _Settings(
-        rank=rank,
-        scale=_scale(given, rank, where) if scale is None else scale,
-        base_model=_text(document, "model"),
-        revision=_text(document, "revision"),
-    )
-
-
-def _scale(given: Mapping[str, Any], rank: int, where: str) -> float:
-    scale, alpha = given.get("scale"), given.get("alpha")
-    if not _is_number(scale):
-        raise AdapterError(
-            f"{where}: scale is {_short(scale)}; expected a finite number; correct the file, or "
-            'give the option "scale"'
-        )
-    if alpha is not None and alpha != rank:
-        raise AdapterError(
-            f"{where}: lora_parameters has scale {_short(scale)} and alpha {_short(alpha)} at rank "
-            f"{rank}, which mlx-lm read as scale · alpha / rank before June 2024 and reads as "
-            'scale since; give the option "scale" with the product that the adapter was trained '
-            "with"
-        )
-    return float(scale)
-
-
 def _modules(
-    tensors: Mapping[str, torch.Tensor], settings: _Settings, weights: Path, name: str
+    tensors: Mapping[str, torch.Tensor], settings: MlxSettings, weights: Path, name: str
 ) -> dict[str, Factors]:
     factors_A: dict[str, torch.Tensor] = {}
     factors_B: dict[str, torch.Tensor] = {}
@@ -384,22 +313,3 @@ def _not_in_mlx(adapter: Adapter, what: str, feature: str) -> UnsupportedAdapter
         "embeddings with one rank and one scale for all; choose another format",
         feature=feature,
     )
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= 1e300
-        and math.isfinite(value)
-    )
-
-
-def _text(document: Mapping[str, Any], key: str) -> str | None:
-    value = document.get(key)
-    return value if isinstance(value, str) and value else None
-
-
-def _short(value: Any) -> str:
-    # Not repr: it recurses as deep as the value is nested.
-    return excerpt(reprlib.repr(value), 60)
