@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from unmerge.errors import AdapterError
 from unmerge.formats.checkpoint_layout import (
+    BUFFERS,
+    CONV1D_LAYERS,
+    CONV1D_MODELS,
+    EMBEDDINGS,
     HEADS,
     Layer,
     is_buffer,
@@ -183,3 +188,10 @@ def test_buffers() -> None:
     assert not is_buffer("h.0.attn.bias", (1, 1, 8, 9))
     assert not is_buffer("h.0.mlp.bias", (1, 1, 8, 8))
     assert not is_buffer("bias", (1, 1, 8, 8))
+
+
+@pytest.mark.parametrize("names", [BUFFERS, CONV1D_LAYERS, CONV1D_MODELS, EMBEDDINGS, HEADS])
+def test_the_page_lists_the_names(names: Iterable[str]) -> None:
+    page = Path(__file__).parents[3] / "docs" / "adapters.md"
+    listed = ", ".join(f"`{name}`" for name in sorted(names))
+    assert listed in " ".join(page.read_text(encoding="utf-8").split())
