@@ -21,6 +21,7 @@ from unmerge.cli.output import (
     ratio,
     say,
     size,
+    type_text,
 )
 from unmerge.errors import ConfigError, IncompatibleAdaptersError
 from unmerge.merger import ReversibleMerger
@@ -59,7 +60,7 @@ def methods(name: str | None, as_json: bool) -> None:
             [
                 (
                     field,
-                    _type_text(info.annotation),
+                    type_text(info.annotation),
                     "required" if info.is_required() else str(info.get_default()),
                     info.description or "",
                 )
@@ -403,11 +404,6 @@ def _weighted(made: Plan) -> str:
     if all(weight == 1 for weight in weights.values()):
         return ", ".join(weights)
     return ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
-
-
-def _type_text(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("Literal", "one of ")
 
 
 COMMANDS = (methods, plan, merge)

@@ -17,11 +17,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from unmerge.errors import ConfigError, UnknownMergerError, UnmergeError
+from unmerge.errors import (
+    ConfigError,
+    ImportRefusedError,
+    UnknownFormatError,
+    UnknownMergerError,
+    UnmergeError,
+)
 from unmerge.recipe import explain
 from unmerge_bundle import BundleError
 
 _WIDTH_OF_A_FILE = 160
+_USAGE = (ConfigError, UnknownFormatError, UnknownMergerError, ValidationError)
+# Adapters that are refused at once, one a line.
+_REASONS = 20
 _INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
@@ -29,7 +38,8 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
     """Return a decorator for the command `name`: an example, `--json`, `--debug`, error handling.
 
     The function gets `as_json` as a keyword argument. Errors of the library become one line on
-    standard error: exit 2 for wrong usage, 1 for everything else; tracebacks only with `--debug`.
+    standard error, several adapters that are refused at once one line each: exit 2 for wrong usage,
+    1 for everything else; tracebacks only with `--debug`.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -45,9 +55,9 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
             except Exception as error:
                 if debug:
                     raise
-                click.echo(f"unmerge: {_one_line(error)}", err=True)
-                usage = isinstance(error, ConfigError | UnknownMergerError | ValidationError)
-                sys.exit(2 if usage else 1)
+                for line in _lines(error):
+                    click.echo(f"unmerge: {line}", err=True)
+                sys.exit(2 if isinstance(error, _USAGE) else 1)
 
         debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
         json_option = click.option(
@@ -59,14 +69,32 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
     return decorate
 
 
-def _one_line(error: Exception) -> str:
+def _lines(error: Exception) -> list[str]:
+    """Return what is said of an error, without line breaks in it."""
+    if isinstance(error, ImportRefusedError):
+        return _refusals(error)
     if isinstance(error, ValidationError):
         text = explain(error)
     elif isinstance(error, UnmergeError | BundleError | OSError):
         text = str(error)
     else:
         text = f"unexpected {type(error).__name__}: {error}; --debug shows where"
-    # What a file name or message cannot be encoded as is shown escaped.
+    return [printable(text)]
+
+
+def _refusals(error: ImportRefusedError) -> list[str]:
+    refused = len(error.refused)
+    lines = [printable(reason) for reason in error.reasons[:_REASONS]]
+    if refused > _REASONS:
+        lines.append(f"and {refused - _REASONS} more")
+    hint = "; --skip-bad adds the others" if refused < error.of else ""
+    if refused == 1:
+        return [f"{lines[0]} (nothing was added{hint})"]
+    return [*lines, f"{error.summary}{hint}"]
+
+
+def printable(text: str) -> str:
+    """Return text on one line; what cannot be encoded, of a file's name perhaps, is escaped."""
     return " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -154,6 +182,12 @@ def mean_error(values: Sequence[float | None]) -> str:
     """
     known = [value for value in values if value is not None]
     return error_text(fmean(known) if known and len(known) == len(values) else None)
+
+
+def type_text(annotation: Any) -> str:
+    """Return the type of a field for people."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return text.replace("typing.", "").replace("Literal", "one of ")
 
 
 def fact_lines(modules: Iterable[Mapping[str, float]]) -> list[str]:
