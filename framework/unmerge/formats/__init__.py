@@ -44,6 +44,9 @@ BUILTIN_FORMATS: tuple[type[AdapterFormat], ...] = (
 )
 """The formats that come with the framework; its plugin registers them as any other would."""
 
+# Adapters one level down that a message names.
+_SHOWN = 20
+
 
 def read_adapter(
     path: str | os.PathLike[str],
@@ -110,11 +113,15 @@ def _read_local(
 
 
 def _nothing_found(given: str, place: Path, known: Formats) -> str:
-    looked_for = [registration.format.looks_for for registration in known.values()]
-    wanted = "; or ".join(looked_for) or "nothing: no formats given"
-    found = describe(place)
-    message = f"{given}: no adapter here; looked for {wanted}; found {found}; "
+    message = f"{given}: no adapter here, found {describe(place)}; "
     inside = [entry.name for entry in entries(place) if known.recognising(entry)]
     if inside:
-        return message + f"it holds adapters one level down, pass one of: {', '.join(inside)}"
-    return message + "pass the directory or file that the adapter was saved to"
+        more = f" and {len(inside) - _SHOWN} more" if len(inside) > _SHOWN else ""
+        below = f"{given.rstrip('/')}/*"
+        return message + (
+            f"it holds adapters one level down, pass {below} or one of: "
+            f"{', '.join(inside[:_SHOWN])}{more}"
+        )
+    looked_for = [registration.format.looks_for for registration in known.values()]
+    wanted = "; or ".join(looked_for) or "nothing: no formats given"
+    return f"{message}pass the directory or file that the adapter was saved to; looked for {wanted}"

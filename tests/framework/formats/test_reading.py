@@ -108,7 +108,7 @@ def test_a_name_registered_twice() -> None:
 def test_a_directory_of_adapters(tmp_path: Path) -> None:
     for adapter in random_collection(2):
         write_peft_directory(adapter, tmp_path / adapter.name)
-    assert "pass one of: adapter-00, adapter-01" in message(tmp_path)
+    assert f"pass {tmp_path}/* or one of: adapter-00, adapter-01" in message(tmp_path)
 
 
 def test_a_directory_of_something_else(tmp_path: Path) -> None:
