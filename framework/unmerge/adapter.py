@@ -11,7 +11,7 @@ import torch
 from unmerge.arrays import dtype_name
 from unmerge_bundle.kinds import LINEAR
 
-__all__ = ["Adapter", "Factors"]
+__all__ = ["Adapter", "AdapterDigest", "Factors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +82,41 @@ class Adapter:
         Two adapters have one digest exactly when their tensors agree bit for bit and are used
         with the same scalings; name, configuration text and source do not count.
         """
-        total = hashlib.sha256()
+        total = AdapterDigest()
         for path, factors in sorted(self.modules.items()):
-            kind = "" if factors.kind == LINEAR else f" {factors.kind}"
-            total.update(f"module {path} {factors.scaling.hex()}{kind}\n".encode())
-            _update(total, "A", factors.A)
-            _update(total, "B", factors.B)
+            total.module(path, factors.scaling, factors.kind)
+            total.tensor("A", factors.A)
+            total.tensor("B", factors.B)
         for key, tensor in sorted(self.verbatim.items()):
-            _update(total, f"verbatim {key}", tensor)
-        return f"sha256:{total.hexdigest()}"
+            total.verbatim(key, tensor)
+        return str(total)
 
 
-def _update(total: hashlib._Hash, label: str, tensor: torch.Tensor) -> None:
-    shape = "x".join(str(n) for n in tensor.shape)
-    total.update(f"{label} {dtype_name(tensor.dtype)} {shape}\n".encode())
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    total.update(data.numpy().data)
+class AdapterDigest:
+    """`Adapter.digest()`, taken while the tensors come in; they need never be together in memory.
+
+    Modules come first, sorted by path, A before B; then the verbatim tensors, sorted by key.
+    """
+
+    def __init__(self) -> None:
+        self._total = hashlib.sha256()
+
+    def module(self, path: str, scaling: float, kind: str) -> None:
+        """Begin a module; `tensor` is to follow for its A and its B."""
+        suffix = "" if kind == LINEAR else f" {kind}"
+        self._total.update(f"module {path} {scaling.hex()}{suffix}\n".encode())
+
+    def tensor(self, label: str, tensor: torch.Tensor) -> None:
+        """Take in a tensor, of any dtype there is for adapters; `label` is "A" or "B"."""
+        shape = "x".join(str(n) for n in tensor.shape)
+        self._total.update(f"{label} {dtype_name(tensor.dtype)} {shape}\n".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._total.update(data.numpy().data)
+
+    def verbatim(self, key: str, tensor: torch.Tensor) -> None:
+        """Take in a verbatim tensor."""
+        self.tensor(f"verbatim {key}", tensor)
+
+    def __str__(self) -> str:
+        """Return `sha256:…` over what has come in."""
+        return f"sha256:{self._total.hexdigest()}"

@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 from unmerge.store.adapter_store import AdapterStore
+from unmerge.store.compact import GcReport
+from unmerge.store.diff import AdapterChange, ModuleChange, StoreDiff
 from unmerge.store.records import AdapterInfo, ModuleInfo, Version
+from unmerge.store.tables import DeadSpace
+from unmerge.store.verify import StoreProblem, StoreReport
 
-__all__ = ["AdapterInfo", "AdapterStore", "ModuleInfo", "Version"]
+__all__ = [
+    "AdapterChange",
+    "AdapterInfo",
+    "AdapterStore",
+    "DeadSpace",
+    "GcReport",
+    "ModuleChange",
+    "ModuleInfo",
+    "StoreDiff",
+    "StoreProblem",
+    "StoreReport",
+    "Version",
+]

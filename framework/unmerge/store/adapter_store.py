@@ -14,10 +14,13 @@ import zarr
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import ConfigError, StoreError, UnmergeError
 from unmerge.store.checks import check_annotation, check_fits, check_free, own_copy
+from unmerge.store.compact import GcReport, gc
+from unmerge.store.diff import StoreDiff, diff
 from unmerge.store.failures import backend
 from unmerge.store.records import AdapterInfo, StoreIndex, Version
 from unmerge.store.repository import StoreRepository
 from unmerge.store.staging import Changes, Spool, StagedAdapter
+from unmerge.store.verify import StoreReport, verify
 from unmerge.store.view import StoreView
 from unmerge.store.writing import write_changes, write_index
 from unmerge_bundle.names import check_name
@@ -385,6 +388,92 @@ class AdapterStore:
         """
         with backend(f"{self.address}: cannot read the store's versions"):
             return self._repository.resolve(version)
+
+    def diff(
+        self,
+        before: str,
+        after: str | None = None,
+        *,
+        modules: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> StoreDiff:
+        """Return what changed from one version to another.
+
+        Tensors are read only of adapters whose digest changed, one module at a time.
+
+        Args:
+            before: A version, as `resolve` takes it.
+            after: Another; by default the one being read.
+            modules: Whether to compare the tensors of changed adapters, module by module.
+            progress: Called with (modules compared, of how many).
+
+        Raises:
+            UnknownVersionError: There is no such version.
+            StoreError: What is read is not what was written.
+        """
+        old = StoreView(self._repository, self.resolve(before))
+        new = self._view if after is None else StoreView(self._repository, self.resolve(after))
+        return diff(old, new, modules=modules, progress=progress)
+
+    def verify(self, *, progress: Callable[[int, int], None] | None = None) -> StoreReport:
+        """Read the version being read from the disk, all of it, and check every bit it consists of.
+
+        That is its index, every record, every chunk of every table, all verbatim tensors, and
+        every adapter's digest, taken again in one pass. Memory holds a few chunks. Damage ends up
+        in the report, and checking goes on behind it. Bits that change nothing of what is read
+        (the text of a commit, say) cannot be told from others.
+
+        Args:
+            progress: Called with (tables and adapters checked, of how many).
+        """
+        return verify(self._repository, self.version, progress=progress)
+
+    def gc(
+        self,
+        *,
+        forget_before: datetime | None = None,
+        older_than: datetime | None = None,
+        force: bool = False,
+        dry_run: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> GcReport:
+        """Delete what no version uses, and what is left of imports that were killed.
+
+        With `forget_before`, versions written before it are forgotten first, for ever; the newest
+        and the tagged stay, bit for bit. Where the newest is older than `forget_before` and holds
+        what no adapter uses any more (removed or replaced adapters, old notes), a version without
+        that is written first, with the same adapters; likewise where at least half of it is such.
+        The store then reads the newest version.
+
+        Args:
+            forget_before: Forget older versions; with a time zone. By default none.
+            older_than: Keep younger objects; see `StoreRepository.collect_garbage` for the
+                default, which is nothing on a local disk and 24 hours on S3.
+            force: Take a later `older_than` on S3 as well; whatever is being committed is lost.
+            dry_run: Change nothing, and say what would be forgotten and left out.
+            progress: Called with (tables rewritten, of how many).
+
+        Returns:
+            What was done. If there was nothing to do, nothing is written.
+
+        Raises:
+            ConfigError: A time without a zone, or an `older_than` that needs `force`.
+            StoreError: The store is read-only, or something that has to be rewritten is damaged;
+                nothing is forgotten or deleted then.
+        """
+        self._check_writable()
+        report = gc(
+            self._repository,
+            forget_before=forget_before,
+            older_than=older_than,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+        if forget_before is not None and not dry_run:
+            with backend(f"{self.address}: cannot read the store's versions"):
+                self._view = StoreView(self._repository, self._repository.tip())
+        return report
 
     def _check_writable(self) -> None:
         if self._read_only:

@@ -153,6 +153,12 @@ class ModuleTable(BaseModel):
             B=FactorRecord(self.dtype_B[i], self.row_B[i], self.crc32_B[i]),
         )
 
+    def get(self, path: str) -> ModuleRecord | None:
+        """Return the record of the module at `path`, `None` if there is none."""
+        if path not in self:
+            return None
+        return self[path]
+
     @classmethod
     def of(cls, modules: Mapping[str, ModuleRecord]) -> ModuleTable:
         """Return the table of `modules`, by path."""

@@ -88,6 +88,10 @@ class StoreRepository:
         with backend(f"{place.address}: cannot open the store"):
             return cls(place, place.open())
 
+    def reopened(self) -> StoreRepository:
+        """Return the repository as it is on the disk, with nothing of it in memory yet."""
+        return self._open(self._place)
+
     @property
     def path(self) -> Path:
         """The local directory.
@@ -284,8 +288,7 @@ class StoreRepository:
             ConfigError: `older_than` has no time zone, or is too late without `force`.
             StoreError: Something that a version references cannot be read; nothing is deleted.
         """
-        if older_than is not None:
-            _check_zone(older_than)
+        self.check_cutoff(older_than, force=force)
         with self._writing(), backend(f"{self.address}: cannot collect garbage"):
             cutoff = self._place.cutoff(older_than, force=force)
             self._refresh()
@@ -301,6 +304,16 @@ class StoreRepository:
             + summary.transaction_logs_deleted,
             bytes=size + summary.bytes_deleted,
         )
+
+    def check_cutoff(self, older_than: datetime | None, *, force: bool) -> None:
+        """Refuse what `collect_garbage` would refuse, for those who do other work before it.
+
+        Raises:
+            ConfigError: As it does.
+        """
+        if older_than is not None:
+            _check_zone(older_than)
+        self._place.cutoff(older_than, force=force)
 
     def _refresh(self) -> None:
         """Forget Icechunk's cache: `expire` by somebody else changes versions that may be in it."""

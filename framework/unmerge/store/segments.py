@@ -92,10 +92,8 @@ def write_rows(
 ) -> None:
     """Write `count` rows of one `shape` as the segment at `path`, chunk by chunk."""
     itemsize = np.dtype(storage_dtype(dtype)).itemsize
-    full = rows_per_chunk(shape, itemsize)
-    # Of one length, so that the last is not mostly padding, which reading would have to decode.
-    length = -(-count // -(-count // full))
-    chunks = (length, *shape) if full > 1 else chunk_shape((1, *shape), itemsize)
+    length = _chunk_rows(count, shape, dtype)
+    chunks = (length, *shape) if length > 1 else chunk_shape((1, *shape), itemsize)
     array = create_array(root, path, shape=(count, *shape), chunks=chunks, dtype=dtype)
     for start in range(0, count, length):
         array[start : start + length] = np.stack(list(itertools.islice(rows, length)))
@@ -142,6 +140,21 @@ def read_rows(
         yield (inside + first).tolist(), np.ascontiguousarray(block)
     if found != len(wanted):
         raise IndexError(f"{path} has {sum(segments)} rows, expected more than {max(rows)}")
+
+
+def chunks_of_rows(segments: Sequence[int], shape: tuple[int, ...], dtype: str) -> Iterator[range]:
+    """Give the numbers of all rows of a table, those that share a chunk at a time."""
+    for first, count in _starts(segments):
+        length = _chunk_rows(count, shape, dtype)
+        for start in range(first, first + count, length):
+            yield range(start, min(start + length, first + count))
+
+
+def _chunk_rows(count: int, shape: tuple[int, ...], dtype: str) -> int:
+    """Return how many rows each chunk of a segment of `count` rows holds."""
+    full = rows_per_chunk(shape, np.dtype(storage_dtype(dtype)).itemsize)
+    # Of one length, so that the last is not mostly padding, which reading would have to decode.
+    return -(-count // -(-count // full))
 
 
 def _take_away(
