@@ -19,7 +19,7 @@ from unmerge.errors import (
     UnmergeError,
 )
 from unmerge.formats import AdapterFormat, Formats, default_formats, read_adapter
-from unmerge.store import AdapterStore
+from unmerge.store import AdapterInfo, AdapterStore
 
 __all__ = ["ImportReport", "Imported", "Status", "import_adapters"]
 
@@ -111,9 +111,9 @@ def import_adapters(
         formats: The formats there are; all installed ones unless given.
         note: Free text to keep with each adapter.
         metadata: Keys and values to keep with each adapter.
-        replace: Take the place of stored adapters of the same names. One that has the same tensors,
-            scalings and configuration is left as it is, unless a note or metadata are given that
-            it does not have.
+        replace: Take the place of stored adapters of the same names, with their note and metadata
+            where no others are given. What is there already, bit for bit and with the same
+            configuration, note and metadata, is left as it is.
         allow_duplicates: Take adapters that are there under another name, bit for bit.
         skip_bad: Commit the good ones where others are bad.
         message: What is done, for the history; by default it names the adapters.
@@ -144,13 +144,21 @@ def import_adapters(
 
     def take(source: str | os.PathLike[str]) -> Imported:
         adapter = read_adapter(source, name=name, revision=revision, format=chosen, formats=known)
-        there = replace and adapter.name in store.names()
-        if there and _unchanged(store, adapter, note, metadata):
-            return _became("unchanged", source, adapter)
+        own_note, own_metadata = note, metadata or {}
+        there = store.info(adapter.name) if replace and adapter.name in store.names() else None
+        if there is not None:
+            own_note, own_metadata = note or there.note, metadata or there.metadata
+            kept = own_note == there.note and own_metadata == there.metadata
+            if kept and _same(adapter, there, store.read_config(adapter.name)):
+                return _became("unchanged", source, adapter)
         store.add(
-            adapter, note=note, metadata=metadata, replace=there, allow_duplicates=allow_duplicates
+            adapter,
+            note=own_note,
+            metadata=own_metadata,
+            replace=there is not None,
+            allow_duplicates=allow_duplicates,
         )
-        return _became("replaced" if there else "added", source, adapter)
+        return _became("added" if there is None else "replaced", source, adapter)
 
     done: list[Imported] = []
     errors: list[UnmergeError] = []
@@ -189,18 +197,13 @@ def _became(status: Status, source: str | os.PathLike[str], adapter: Adapter) ->
     return Imported(os.fspath(source), status, adapter.name, base_model=adapter.base_model)
 
 
-def _unchanged(
-    store: AdapterStore, adapter: Adapter, note: str, metadata: Mapping[str, str] | None
-) -> bool:
-    """Return whether the stored adapter of this name is this one."""
-    info = store.info(adapter.name)
+def _same(adapter: Adapter, stored: AdapterInfo, config: str) -> bool:
+    """Return whether a stored adapter is this one, wherever it was read."""
     return (
-        info.format == adapter.format
-        and (info.base_model, info.revision) == (adapter.base_model, adapter.revision)
-        and note in ("", info.note)
-        and metadata in (None, {}, info.metadata)
-        and store.read_config(adapter.name) == adapter.config
-        and info.digest == adapter.digest()
+        stored.format == adapter.format
+        and (stored.base_model, stored.revision) == (adapter.base_model, adapter.revision)
+        and config == adapter.config
+        and stored.digest == adapter.digest()
     )
 
 

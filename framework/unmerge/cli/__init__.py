@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from unmerge.cli import analyze, archive, bundle, demo, formats, merge, store, versions
+from unmerge.cli import analyze, archive, bundle, demo, formats, merge, store, verify, versions
 
 
 @click.group(
@@ -21,7 +21,7 @@ def cli() -> None:
     """
 
 
-for module in (store, archive, versions, formats, analyze, merge, bundle, demo):
+for module in (store, archive, versions, formats, analyze, merge, bundle, verify, demo):
     for command in module.COMMANDS:
         cli.add_command(command)
 

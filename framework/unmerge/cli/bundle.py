@@ -1,9 +1,8 @@
-"""Commands on a bundle: inspect, verify, restore, export, append."""
+"""Commands on a bundle: inspect, restore, export, append."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -12,7 +11,7 @@ import click
 
 import unmerge_bundle
 from unmerge.appending import append as append_to_bundle
-from unmerge.arrays import to_numpy
+from unmerge.cli.options import some
 from unmerge.cli.output import (
     command,
     error_text,
@@ -26,9 +25,9 @@ from unmerge.cli.output import (
 )
 from unmerge.errors import ConfigError, IncompatibleAdaptersError
 from unmerge.formats import read_adapter
-from unmerge.store import AdapterStore
-from unmerge_bundle import Appended, BundleError, Depth, SavedAdapter, VerifyReport
+from unmerge_bundle import Appended, BundleError, SavedAdapter
 from unmerge_bundle.arrays import FloatDtype
+from unmerge_bundle.peft import VERBATIM_FILE
 
 _BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 _DTYPE = click.option(
@@ -114,60 +113,6 @@ def inspect(bundle: Path, as_json: bool) -> None:
     )
 
 
-@command("unmerge verify out.rmb --depth reconstruction --store zoo", name="verify")
-@_BUNDLE
-@click.option(
-    "--depth",
-    type=click.Choice(["structure", "digests", "reconstruction"]),
-    help="How far to look: files and sizes; all bytes; every adapter restored. Default: digests, "
-    "with --store reconstruction.",
-)
-@click.option(
-    "--store",
-    help="Compare every source's digest, and every restored adapter, with this store's originals.",
-)
-@click.option("--at", metavar="VERSION", help="Version id or tag of the store.")
-def verify(
-    bundle: Path, depth: str | None, store: str | None, at: str | None, as_json: bool
-) -> None:
-    """Check a bundle; exits 1 when anything is wrong.
-
-    With --store, originals are compared too: the digest of every source, and the recorded errors
-    of every adapter that comes back.
-    """
-    if at is not None and store is None:
-        raise ConfigError("--at is a version of a store; give --store too")
-    depth = depth or ("digests" if store is None else "reconstruction")
-    originals, digests = None, None
-    if store is not None:
-        opened = AdapterStore.open(store, at=at)
-        digests = {info.name: info.digest for info in opened.list()}
-        originals = _originals(opened) if depth == "reconstruction" else None
-    report = unmerge_bundle.verify(bundle, cast(Depth, depth), originals, digests)
-    if as_json:
-        print_json(
-            {
-                "bundle": str(bundle),
-                "depth": depth,
-                "ok": report.ok,
-                "blobs": report.blobs,
-                "sources_compared": report.sources,
-                "adapters_restored": report.adapters,
-                "adapters_compared": report.compared,
-                "problems": [
-                    {"code": p.code, "path": p.path, "message": p.message} for p in report.problems
-                ],
-            }
-        )
-    elif report.ok:
-        say(f"{bundle}: sound ({depth}): {_checked(report)}")
-    else:
-        for problem in report.problems:
-            click.echo(f"unmerge: {problem.code}: {problem.path}: {problem.message}", err=True)
-    if not report.ok:
-        sys.exit(1)
-
-
 @command("unmerge restore out.rmb sql restored/sql", name="restore")
 @_BUNDLE
 @click.argument("name")
@@ -205,6 +150,7 @@ def restore(
                 "directory": str(directory),
                 "modules": len(errors),
                 "verbatim": list(restored.verbatim),
+                "beside": list(saved.beside),
                 "largest_delta_error": largest,
                 "rounding": saved.rounding,
                 "truncation": saved.truncation,
@@ -227,6 +173,8 @@ def restore(
             "rounding to another dtype or form"
         )
     _say_truncation(saved)
+    if saved.beside:
+        say(f"note: PEFT has no place for {some(saved.beside)}; kept in {VERBATIM_FILE} beside it")
 
 
 @command("unmerge export out.rmb merged/ --rank 32", name="export")
@@ -349,25 +297,6 @@ def _say_unmerged(unmerged: Mapping[str, Iterable[str]]) -> None:
         say(f"note: not merged, of {', '.join(unmerged)}: {', '.join(keys)}")
 
 
-def _checked(report: VerifyReport) -> str:
-    """Return what was looked at, so that nothing that was not seems to have been."""
-    counts = (
-        (report.blobs, "blobs read"),
-        (report.adapters, "adapters restored"),
-        (report.sources, "sources' digests compared with the store"),
-        (report.compared, "adapters compared with their originals"),
-    )
-    return ", ".join(f"{count} {what}" for count, what in counts if count)
-
-
-def _originals(store: AdapterStore) -> Callable[[str], Mapping[str, tuple[Any, Any]]]:
-    def read(name: str) -> Mapping[str, tuple[Any, Any]]:
-        adapter = store.read_adapter(name)
-        return {path: (to_numpy(f.A), to_numpy(f.B)) for path, f in adapter.modules.items()}
-
-    return read
-
-
 def _float_dtype(name: str | None) -> FloatDtype | None:
     return None if name is None else cast(FloatDtype, name)  # click has checked the choice
 
@@ -380,4 +309,4 @@ def _fields(recipe: Mapping[str, Any]) -> str:
     return ", ".join(fields) or "none"
 
 
-COMMANDS = (inspect, verify, restore, export, append)
+COMMANDS = (inspect, restore, export, append)
