@@ -10,6 +10,8 @@ from unmerge.errors import StoreError, UnmergeError
 
 # How a service says what it refused: `Error { code: "NoSuchBucket", message: "..." }`.
 _SERVICE_ERROR = re.compile(r'code: "(?P<code>\w+)", message: "(?P<message>[^"]*)"')
+# How the AWS SDK says it at the different places it looks.
+_LOOKED_FOR_CREDENTIALS = re.compile(r"credential provider|loading credentials|providers in chain")
 _NO_CREDENTIALS = (
     "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
     "or AWS_SKIP_SIGNATURE=true for a public bucket"
@@ -49,9 +51,9 @@ def reason(error: BaseException) -> str:
     text = lines[0].removeprefix("x ").partition(", context: SpanTrace")[0] if lines else ""
     if service := _SERVICE_ERROR.search(" ".join(lines)):
         return f"{service['message'].rstrip('.')} ({service['code']})"
-    causes = [line.lstrip("|`-> ") for line in lines if line.startswith(("|->", "`->"))]
-    if any("credential" in cause for cause in causes):
+    if _LOOKED_FOR_CREDENTIALS.search(str(error)):
         return _NO_CREDENTIALS
+    causes = [line.lstrip("|`-> ") for line in lines if line.startswith(("|->", "`->"))]
     if causes and causes[-1] not in text:
         text = f"{text}: {causes[-1]}"
     return text.rstrip(".") or type(error).__name__

@@ -35,7 +35,8 @@ Start = Callable[..., tuple[ForkServerProcess, Connection]]
 def start() -> Iterator[Start]:
     """Start a function of `writers` in a process of its own; processes end with the test."""
     context: ForkServerContext = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unmerge.store.repository"])  # imports are paid for once
+    # The import that takes seconds is paid for once. Not Icechunk: a fork would lack its threads.
+    context.set_forkserver_preload(["torch"])
     processes: list[ForkServerProcess] = []
 
     def start_process(target: Callable[..., None], *args: object) -> tuple[object, Connection]:

@@ -417,6 +417,14 @@ def test_an_open_does_not_write(repository: StoreRepository) -> None:
             '  x it broke\n  `-> Error { code: "NoSuchBucket", message: "No bucket.", id:\n    "1"',
             "No bucket (NoSuchBucket)",
         ),
+        (
+            "  x it broke\n  |-> the credential provider was off\n  `-> no providers in chain",
+            (
+                "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "AWS_PROFILE, or AWS_SKIP_SIGNATURE=true for a public bucket"
+            ),
+        ),
+        ("  x no file /credentials/zoo", "no file /credentials/zoo"),
     ],
 )
 def test_reasons_are_one_line(text: str, expected: str) -> None:

@@ -162,12 +162,11 @@ def test_what_the_server_refuses(
 
 
 def test_no_such_bucket(s3_address: str) -> None:
-    for use in (
-        StoreRepository.open,
-        lambda address: StoreRepository.create(address, writers.create_log),
-    ):
-        with pytest.raises(StoreError, match=r"bucket does not exist \(NoSuchBucket\)$"):
-            use("s3://no-such-bucket/zoo")
+    with pytest.raises(StoreError, match="bucket does not exist"):
+        StoreRepository.create("s3://no-such-bucket/zoo", writers.create_log)
+    # Icechunk 2 tells a lost bucket from an empty one only when it writes.
+    with pytest.raises(StoreError, match=r"NoSuchBucket|is no adapter store"):
+        StoreRepository.open("s3://no-such-bucket/zoo")
 
 
 def test_nobody_at_the_endpoint(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
