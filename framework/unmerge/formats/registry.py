@@ -61,6 +61,10 @@ class Formats(Mapping[str, FormatRegistration]):
                 f'no adapter format is called "{name}"{hint} (known: {", ".join(self._found)})'
             ) from None
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own takes no LookupError but KeyError for an answer.
+        return name in self._found
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 
