@@ -424,7 +424,7 @@ class AdapterStore:
         (the text of a commit, say) cannot be told from others.
 
         Args:
-            progress: Called with (tables and adapters checked, of how many).
+            progress: Called with (chunks and adapters checked, of how many).
         """
         return verify(self._repository, self.version, progress=progress)
 
@@ -440,10 +440,11 @@ class AdapterStore:
         """Delete what no version uses, and what is left of imports that were killed.
 
         With `forget_before`, versions written before it are forgotten first, for ever; the newest
-        and the tagged stay, bit for bit. Where the newest is older than `forget_before` and holds
-        what no adapter uses any more (removed or replaced adapters, old notes), a version without
-        that is written first, with the same adapters; likewise where at least half of it is such.
-        The store then reads the newest version.
+        and the tagged stay, bit for bit. If the newest holds what no adapter uses any more (of
+        removed or replaced adapters, old notes), a version without that is written before that,
+        with the same adapters; but not where the newest is to be kept itself, by a tag or its
+        age, and less than half of it is such, since that would take space instead of giving it
+        back. The store then reads the newest version.
 
         Args:
             forget_before: Forget older versions; with a time zone. By default none.

@@ -130,16 +130,18 @@ class _State:
             self.dead = dead_space(self.root, self.index, self.records, self.tables)
 
     def pays(self, version: Version, forget_before: datetime) -> bool:
-        """Return whether the version should be written again without what is dead.
+        """Return whether to write this version again without what is dead in it.
 
-        While it is kept itself, that only takes more space: it is worth it at once where it is
-        about to be forgotten, and otherwise once the dead is at least as large as the living,
-        which bounds what is written by what will be won.
+        Nothing is reclaimed while the version itself is kept. So it is written again where it is
+        about to be forgotten; else only where the dead is no less than the living, which bounds
+        what is written by what will be reclaimed.
         """
-        if not self.dead or version.written_at < forget_before:
+        if version.written_at < forget_before and not version.tags:
             return bool(self.dead)
-        total = sum(table.rows * table.row_bytes for table in self.tables)
-        return 2 * self.dead.nbytes >= total > 0
+        heads = {r.verbatim_digest: r.verbatim for r in self.records.values()}
+        living = sum(tensor.nbytes for head in heads.values() for tensor in head.values())
+        living += sum((table.rows - table.dead) * table.row_bytes for table in self.tables)
+        return bool(self.dead) and self.dead.nbytes >= living
 
 
 def _compact(

@@ -28,6 +28,8 @@ _Block = tuple[Sequence[int], Bits]
 
 # Chunks read ahead of the one that is checked: reading and hashing keep a core each busy.
 _AHEAD = 2
+# Names in a message.
+_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,18 +139,24 @@ def _verify(
     records = _check_records(view, root, findings)
     tables = tables_of(index, records)
     digests = {name: AdapterDigest() for name in records}
-    total = len(tables) + len(records)
+    chunks = [(table, rows) for table in tables for rows in table.chunks()]
+    total = len(chunks) + len(records)
     steps = itertools.count(1)
+    module = None
     # Module by module, so that each chunk is read once, for all adapters that have a row in it.
-    for module, group in itertools.groupby(tables, key=lambda table: table.module):
-        for name, record in records.items():
-            if module in record.modules:
-                stored = record.modules[module]
-                digests[name].module(module, stored.scaling, stored.kind)
-        for table in group:
-            _check_table(root, table, records, digests, findings)
-            if progress is not None:
-                progress(next(steps), total)
+    for table, rows, reading in _ahead(root, chunks):
+        if table.module != module:
+            module = table.module
+            for name, record in records.items():
+                if (stored := record.modules.get(module)) is not None:
+                    digests[name].module(module, stored.scaling, stored.kind)
+        _check_rows(table, rows, reading, records, digests, findings)
+        if progress is not None:
+            progress(next(steps), total)
+    for table in tables:
+        for row, name in table.owners.items():
+            if row >= table.rows:
+                findings.add(f'{table.label}: no row {row} of adapter "{name}"', (name,), table)
     for name, record in records.items():
         _check_adapter(view, record, digests[name], findings)
         if progress is not None:
@@ -195,42 +203,33 @@ def _strangers(record: StoredAdapter, index: StoreIndex) -> list[str]:
     return [path for path, layer in layers if index.layers.get(path) != layer]
 
 
-def _check_table(
-    root: zarr.Group,
+def _check_rows(
     table: Table,
+    rows: range,
+    reading: Future[list[_Block]],
     records: Mapping[str, StoredAdapter],
     digests: Mapping[str, AdapterDigest],
     findings: _Findings,
 ) -> None:
-    """Check every row, and pass the live ones on to the digests."""
-
-    def read(rows: range) -> list[_Block]:
-        return list(read_rows(root, table.path, table.segments, table.shape, table.dtype, rows))
-
-    chunks = list(table.chunks())
-    for rows, reading in zip(chunks, _ahead(read, chunks), strict=True):
-        names = [table.owners[row] for row in rows if row in table.owners]
-        where = f"rows {rows.start} to {rows.stop - 1}"
-        with findings.noting(f"{table.label}: {where} of {_owned_by(names)}", names, table):
-            for numbers, block in reading.result():
-                findings.nbytes += block.nbytes
-                for row, bits in zip(numbers, block, strict=True):
-                    name = table.owners.get(row)
-                    if name is None:
-                        continue
-                    stored = records[name].modules[table.module].factor(table.factor)
-                    if crc32(bits) != stored.crc32:
-                        message = (
-                            f'{table.label}: row {row} of adapter "{name}": the numbers do not '
-                            "have the CRC-32 recorded for them"
-                        )
-                        findings.add(message, (name,), table)
-                    elif name not in findings.harmed:
-                        digests[name].tensor(table.factor, from_stored(bits, table.dtype))
-    for row, name in table.owners.items():
-        if row >= table.rows:
-            message = f'{table.label}: row {row} of adapter "{name}" is not there'
-            findings.add(message, (name,), table)
+    """Check the rows of one chunk, and pass those of adapters on to the digests."""
+    names = [table.owners[row] for row in rows if row in table.owners]
+    where = f"{table.label}, rows {rows.start} to {rows.stop - 1}, of {_some(names)}"
+    with findings.noting(where, names, table):
+        for numbers, block in reading.result():
+            findings.nbytes += block.nbytes
+            for row, bits in zip(numbers, block, strict=True):
+                name = table.owners.get(row)
+                if name is None:
+                    continue
+                stored = records[name].modules[table.module].factor(table.factor)
+                if crc32(bits) != stored.crc32:
+                    message = (
+                        f'{table.label}, row {row}, of "{name}": the numbers do not have the '
+                        "CRC-32 recorded for them"
+                    )
+                    findings.add(message, (name,), table)
+                elif name not in findings.harmed:
+                    digests[name].tensor(table.factor, from_stored(bits, table.dtype))
 
 
 def _check_adapter(
@@ -248,20 +247,28 @@ def _check_adapter(
 
 
 def _ahead(
-    read: Callable[[range], list[_Block]], chunks: Sequence[range]
-) -> Iterator[Future[list[_Block]]]:
-    """Give what `read` makes of every chunk, in order, a few of them being read already."""
+    root: zarr.Group, chunks: Iterable[tuple[Table, range]]
+) -> Iterator[tuple[Table, range, Future[list[_Block]]]]:
+    """Give the rows of every chunk, in order; the next few are read meanwhile."""
+
+    def read(table: Table, rows: range) -> list[_Block]:
+        found = read_rows(root, table.path, table.segments, table.shape, table.dtype, rows)
+        return list(found)
+
+    waiting: deque[tuple[Table, range, Future[list[_Block]]]] = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
-        waiting: deque[Future[list[_Block]]] = deque()
         try:
-            for rows in chunks:
-                waiting.append(pool.submit(read, rows))
+            for table, rows in chunks:
+                waiting.append((table, rows, pool.submit(read, table, rows)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
-            yield from waiting
+            while waiting:
+                yield waiting.popleft()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _owned_by(names: Sequence[str]) -> str:
-    return ", ".join(f'"{name}"' for name in names) or "no adapter"
+def _some(names: Sequence[str]) -> str:
+    """Return names for a message, not all of them where they are many."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(f'"{name}"' for name in names[:_SHOWN]) or "no adapter") + more
