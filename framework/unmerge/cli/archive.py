@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from unmerge.cli.options import AT, FORMAT_FIELDS, MESSAGE, STORE, format_of, pairs, some
-from unmerge.cli.output import command, print_json, progress_bar, say
+from unmerge.cli.output import INTERRUPTED, command, print_json, progress_bar, say
 from unmerge.errors import ConfigError, ImportRefusedError
 from unmerge.exporting import export_adapter as export
 from unmerge.importing import ImportReport, import_adapters
@@ -45,7 +46,7 @@ def add(
         raise ConfigError(f"--name names one adapter, but {len(sources)} are given")
     opened = AdapterStore.open(store)
     try:
-        with progress_bar() as progress:
+        with _known_outcome(opened), progress_bar() as progress:
             report = import_adapters(
                 opened,
                 sources,
@@ -115,7 +116,8 @@ def note(
             raise ConfigError(f'{name} has no metadata "{key}"; it has {some([*kept]) or "none"}')
         del kept[key]
     opened.annotate(name, note=note, metadata={**kept, **given})
-    version = opened.commit(message or f"note on {name}")
+    with _known_outcome(opened):
+        version = opened.commit(message or f"note on {name}")
     info = opened.info(name)
     if as_json:
         print_json(
@@ -146,7 +148,8 @@ def rm(store: str, names: tuple[str, ...], message: str | None, as_json: bool) -
         opened.remove(name)
     removed = opened.staged
     before = opened.version
-    version = opened.commit(message or f"remove {some(removed)}")
+    with _known_outcome(opened):
+        version = opened.commit(message or f"remove {some(removed)}")
     if as_json:
         print_json({"store": store, "version": version, "removed": list(removed)})
     else:
@@ -207,6 +210,24 @@ def export_adapter(
             f"note: this release of unmerge would not read {done.format} files with what these "
             "say; they are what was once read, but were not read again"
         )
+
+
+@contextmanager
+def _known_outcome(store: AdapterStore) -> Iterator[None]:
+    """Say so if there is a new version after Ctrl-C: it may have come just after the commit."""
+    before = store.version
+    try:
+        yield
+    except KeyboardInterrupt:
+        newest = AdapterStore.open(store.address).version
+        if newest == before:
+            raise
+        click.echo(
+            f"unmerge: interrupted, but the store has a new version {newest}; unmerge log "
+            f"{store.address} shows what it is",
+            err=True,
+        )
+        sys.exit(INTERRUPTED)
 
 
 def _say_added(report: ImportReport, base_model: str | None) -> None:

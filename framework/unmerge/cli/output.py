@@ -31,7 +31,7 @@ _WIDTH_OF_A_FILE = 160
 _USAGE = (ConfigError, UnknownFormatError, UnknownMergerError, ValidationError)
 # Adapters that are refused at once, one a line.
 _REASONS = 20
-_INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
+INTERRUPTED = 130  # what a shell reports for a process that SIGINT ended
 
 
 def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -51,7 +51,7 @@ def command(example: str, name: str) -> Callable[[Callable[..., None]], click.Co
                 raise
             except KeyboardInterrupt:
                 click.echo("unmerge: interrupted; store and output are as they were", err=True)
-                sys.exit(_INTERRUPTED)
+                sys.exit(INTERRUPTED)
             except Exception as error:
                 if debug:
                     raise

@@ -187,12 +187,16 @@ def _confirm(planned: GcReport) -> None:
     """Ask whether versions may be forgotten, or refuse where nobody can answer."""
     count = len(planned.forgotten)
     versions = "1 version" if count == 1 else f"{count} versions"
-    if not sys.stdin.isatty():
+    if not _somebody_answers():
         raise ConfigError(
             f"{versions} would be forgotten, which cannot be undone; give --yes to do it, "
             "--dry-run to look at them first"
         )
     click.confirm(f"Forget {versions} for ever?", abort=True, err=True)
+
+
+def _somebody_answers() -> bool:
+    return sys.stdin.isatty()
 
 
 def _say_collected(report: GcReport) -> None:
