@@ -19,6 +19,7 @@ import unmerge
 import unmerge.errors
 import unmerge_bundle
 import unmerge_bundle.errors
+from adapter_files import WRITERS, contents
 from adapters import make_adapter, write_peft_directory
 from unmerge import AdapterStore, MergePipeline, get_plugin_manager, hookspecs
 from unmerge.cli import cli
@@ -53,16 +54,63 @@ def commands(path: Path) -> Iterator[list[str]]:
                 yield words[1:]
 
 
+def expanded(words: list[str]) -> list[str]:
+    """What a shell makes of the words of a command."""
+    found = []
+    for word in words:
+        matches = sorted(str(p) for p in Path().glob(word)) if "*" in word else []
+        found += matches or [word]
+    return found
+
+
 def test_every_command_of_the_readme_runs_as_typed(own_adapters: Path) -> None:
     typed = list(commands(README))
     assert {words[0] for words in typed} >= {"init", "add", "plan", "merge", "restore", "export"}
     for words in typed:
-        expanded = []
-        for word in words:
-            matches = sorted(str(p) for p in Path().glob(word)) if "*" in word else []
-            expanded += matches or [word]
-        result = CliRunner().invoke(cli, expanded)
+        result = CliRunner().invoke(cli, expanded(words))
         assert result.exit_code == 0, (words, result.output)
+
+
+ARCHIVE = ROOT / "docs" / "archive.md"
+
+
+@pytest.fixture
+def collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with the files that the page of the archive speaks of."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("sql", "math", "chat", "code", "law")):
+        write_peft_directory(make_adapter(name, seed=seed), Path("adapters") / name)
+    write_peft_directory(make_adapter("sql", seed=9), Path("retrained/sql"))
+    Path("downloads").mkdir()
+    Path("runs/old").mkdir(parents=True)
+    WRITERS["peft_file"](Path("downloads"), 1, torch.float16)
+    WRITERS["mlx"](Path("runs/old"), 2, torch.float32)
+    Path("runs/old/adapter_config.json").unlink()
+
+
+def test_every_command_of_the_archives_page_runs_as_typed(collected: None) -> None:
+    typed = list(commands(ARCHIVE))
+    assert {words[0] for words in typed} >= {
+        *("init", "add", "formats", "ls", "show", "tag", "note", "rm", "log", "diff"),
+        *("export-adapter", "verify", "gc"),
+    }
+    for words in typed:
+        result = CliRunner().invoke(cli, expanded(words))
+        assert result.exit_code == 0, (words, result.output)
+    assert contents(Path("out/sql")) == contents(Path("retrained/sql"))
+    assert contents(Path("out/sql-v1")) == contents(Path("adapters/sql"))
+
+
+def test_the_python_of_the_archives_page_runs(
+    collected: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (program,) = code_blocks(ARCHIVE, "python")
+    (Path("adapters") / "README.md").write_text("no adapter")
+    exec(program, {})  # noqa: S102
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("adapters/README.md adapters/README.md: no adapter here")
+    assert said[1:] == ["('law',) ['sql']", "True"]
+    assert contents(Path("out/law")) == contents(Path("adapters/law"))
 
 
 def test_the_python_of_the_readme_runs(own_adapters: Path) -> None:
