@@ -16,7 +16,6 @@ from unmerge_bundle.kinds import kernel_of
 KINDS: Mapping[str, str] = {
     "conv": "conv2d:3x3",
     "layers.0.q_proj": "linear",
-    "layers.1.q_proj": "linear",
     "tokens": "embedding",
 }
 """Kind of every module that an assorted adapter may have, by path."""
@@ -74,23 +73,23 @@ def content(adapter: Adapter) -> dict[str, object]:
         if field.name not in ("modules", "verbatim")
     }
     for path, factors in adapter.modules.items():
-        tensors = (_content(factors.A), _content(factors.B))
-        values[f"module {path}"] = (*tensors, factors.scaling.hex(), factors.kind)
+        values[f"module {path}"] = _factors(factors)
     for key, tensor in adapter.verbatim.items():
         values[f"verbatim {key}"] = _content(tensor)
     return values
 
 
 def contents(store: AdapterStore) -> dict[str, dict[str, object]]:
-    """Return the content of every adapter of a store by name, each read in two ways."""
-    found = {}
-    for name in store.names():
-        adapter = store.read_adapter(name)
-        for path, factors in adapter.modules.items():
-            [(_, again)] = store.read_module(path, [name])
-            assert content(Adapter("", {path: again})) == content(Adapter("", {path: factors}))
-        found[name] = content(adapter)
+    """Return the content of every adapter of a store by name, read in both ways there are."""
+    found = {name: content(store.read_adapter(name)) for name in store.names()}
+    for path in store.modules():
+        for name, factors in store.read_module(path):
+            assert found[name][f"module {path}"] == _factors(factors)
     return found
+
+
+def _factors(factors: Factors) -> tuple[object, ...]:
+    return _content(factors.A), _content(factors.B), factors.scaling.hex(), factors.kind
 
 
 def _content(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import zarr
 
-from assorted import assorted, content, contents
+from assorted import KINDS, assorted, content, contents
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import StoreError
 from unmerge.store import AdapterStore, DeadSpace
@@ -109,7 +109,7 @@ def test_what_nobody_uses_is_told_and_is_no_problem(mixed: AdapterStore) -> None
     assert report.adapters == 3
     # The records of a0 (removed), a1 (annotated) and a2 (replaced). The new a2 has another head.
     assert report.dead == DeadSpace(
-        rows=4 * 2 + 4 * 2,
+        rows=2 * 2 * len(KINDS),
         records=3,
         verbatim=2,
         nbytes=infos["a0"].nbytes + infos["a2"].nbytes,
