@@ -54,9 +54,10 @@ def ls(
     as_json: bool,
 ) -> None:
     """List the adapters of a store, all of them or those that every filter lets through."""
-    wanted = _filter(name, pairs(meta, option="--meta"), format_name, module, rank)
+    wanted = _filter(pairs(meta, option="--meta"), format_name, module, rank)
     opened = AdapterStore.open(store, at=at)
-    infos = [info for info in opened.list() if wanted(info)]
+    named = (found for found in opened.names() if fnmatchcase(found, name or "*"))
+    infos = [info for info in map(opened.info, named) if wanted(info)]
     if as_json:
         print_json(
             {
@@ -128,18 +129,13 @@ def show(store: str, name: str, at: str | None, as_json: bool) -> None:
 
 
 def _filter(
-    name: str | None,
-    metadata: dict[str, str],
-    format_name: str | None,
-    module: str | None,
-    rank: int | None,
+    metadata: dict[str, str], format_name: str | None, module: str | None, rank: int | None
 ) -> Callable[[AdapterInfo], bool]:
     """Return whether an adapter is wanted; what is `None` or empty lets all through."""
 
     def wanted(info: AdapterInfo) -> bool:
         return (
-            fnmatchcase(info.name, name or "*")
-            and format_name in (None, info.format)
+            format_name in (None, info.format)
             and metadata.items() <= dict(info.metadata).items()
             and any(
                 fnmatchcase(path, module or "*") and rank in (None, m.rank)
