@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import count
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from adapters import make_adapter, peft_tensors
-from unmerge.adapter import Adapter
+from unmerge.adapter import Adapter, Factors
 from unmerge.errors import StoreError
 from unmerge.store import AdapterStore, staging
-from unmerge.store.repository import StoreRepository
 
 # Wide enough that their chunks are files of their own: Icechunk keeps tiny ones in its manifests.
 MODULES = {"layers.0.q_proj": (320, 240), "layers.0.up": (240, 160)}
 DTYPES = (torch.float32, torch.bfloat16)
 BATCH = 4
-# Versions that a collection leaves, tagged ones aside.
+# Versions that every other collection leaves, tagged ones aside.
 KEPT = 4
 # Nobody waits that long for a process that is alive.
 PATIENCE = 120
@@ -197,6 +198,13 @@ def batch(number: int) -> list[str]:
     return [f"import-{number}-{n}" for n in range(BATCH)]
 
 
+def batch_in(store: AdapterStore) -> int:
+    """Return the number of the batch that a store holds, bit for bit and nothing else."""
+    number = int(store.names()[0].split("-")[1])
+    assert intact(store, batch(number)), store.version
+    return number
+
+
 def replace_batch(store: AdapterStore, number: int) -> str:
     """Import a batch of adapters in place of the one before, in one commit."""
     _stage(store, number)
@@ -212,7 +220,7 @@ def import_batches(
     store = AdapterStore.open(address)
     pipe.send("ready")
     pipe.recv()
-    for number in count(first):
+    for number in itertools.count(first):
         _report(pipe, "stages", number)
         _stage(store, number)
         _report(pipe, "commits", number)
@@ -226,21 +234,15 @@ def collect(environment: Mapping[str, str], pipe: Connection, address: str, firs
     store = AdapterStore.open(address)
     pipe.send("ready")
     pipe.recv()
-    for number in count(first):
+    for number in itertools.count(first):
         version = replace_batch(store, number)
         _report(pipe, "committed", number, version)
         leave_garbage(store, number + 1)
         _report(pipe, "collects", number)
-        forget(store)
+        # In turns, some versions are forgotten, and all but the newest, which is compacted.
+        some = store.history()[:KEPT][-1].written_at
+        store.gc(forget_before=some if number % 2 else datetime.now(UTC))
         _report(pipe, "collected", number)
-
-
-def forget(store: AdapterStore) -> None:
-    """Forget all versions but the last few and the tagged ones, and collect what only they had."""
-    oldest = store.history()[:KEPT][-1]
-    repository = StoreRepository.open(store.address)
-    repository.expire(oldest.written_at)
-    repository.collect_garbage()
 
 
 def leave_garbage(store: AdapterStore, number: int) -> None:
@@ -281,3 +283,37 @@ def add_same(environment: Mapping[str, str], pipe: Connection, address: str, num
         pipe.send(type(error).__name__)
     else:
         pipe.send("committed")
+
+
+def import_large(
+    environment: Mapping[str, str], pipe: Connection, address: str, count: int
+) -> None:
+    """Import adapters of 3 MiB in one commit; report the memory that took, and their bytes."""
+    _settle(environment)
+    store = AdapterStore.create(address)
+    generator = torch.Generator().manual_seed(0)
+
+    def work() -> None:
+        for number in range(count):
+            A = torch.randn(128, 3072, generator=generator)
+            B = torch.randn(3072, 128, generator=generator)
+            store.add(Adapter(f"adapter-{number:02d}", {"layers.0": Factors(A, B, 2.0)}))
+        store.commit("all")
+
+    pipe.send("ready")
+    pipe.recv()
+    peak = _peak(work)
+    pipe.send((peak, sum(info.nbytes for info in store.list())))
+
+
+def _peak(task: Callable[[], object]) -> int:
+    """Return by how many bytes the resident size at its peak exceeds that before."""
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
+    before = _resident("VmRSS")
+    task()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{field}:")[2].split()[0])

@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from tests.benchmarks import knots, lore, mm_svd, restore, rmm, ties
+from tests.benchmarks import knots, lore, mm_svd, restore, rmm, store, ties
 from tests.benchmarks.row import Row
+from tests.benchmarks.store import Fact
 
 BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "mm_svd": mm_svd.benchmarks,
@@ -23,9 +24,11 @@ BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "restore": restore.benchmarks,
 }
 HEADER = ("what", "peer", "ours, s", "peer, s", "ratio", "target", "memory", "difference", "peer's")
+STORE = "store"
+STORE_HEADER = ("what", "ours", "against", "ratio", "target")
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
-# The table of the page is what stands between these two lines.
-BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+# A table of the page is what stands between two such lines.
+MARKS = "<!-- {0}: begin -->", "<!-- {0}: end -->"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -50,13 +53,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+def _fact_cells(fact: Fact) -> tuple[str, ...]:
+    limits = ((fact.least, "≥"), (fact.most, "≤"))
+    bounds = [f"{sign} {limit:g}" for limit, sign in limits if limit is not None]
+    target = f"{' '.join(bounds)} {_verdict(fact.met)}" if bounds else "–"
+    return fact.what, fact.ours, fact.against, f"{fact.ratio:.3g}", target
+
+
 def _verdict(met: bool) -> str:
     return "met" if met else "MISSED"
 
 
-def _table(rows: Sequence[Row], *, markdown: bool) -> str:
-    cells = [HEADER, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER))]
+def _table(cells: Sequence[tuple[str, ...]], *, markdown: bool) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
         [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells
     ]
@@ -75,37 +84,50 @@ def _machine() -> str:
     )
 
 
-def _save(rows: Sequence[Row]) -> None:
+def _save(mark: str, cells: Sequence[tuple[str, ...]]) -> None:
+    begin, end = (line.format(mark) for line in MARKS)
     page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    measured = f"{BEGIN}\n{_machine()}\n\n{_table(rows, markdown=True)}\n{END}"
+    before, rest = page.split(begin)
+    after = rest.split(end)[1]
+    measured = f"{begin}\n{_machine()}\n\n{_table(cells, markdown=True)}\n{end}"
     PAGE.write_text(before + measured + after, encoding="utf-8")
 
 
 def main() -> None:
     """Run what was asked for; the exit code is 1 where a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=BENCHMARKS, help="run one benchmark")
+    parser.add_argument("--only", choices=[*BENCHMARKS, STORE], help="run one benchmark")
+    parser.add_argument("--quick", action="store_true", help="measure a small store")
     parser.add_argument(
-        "--save", action="store_true", help=f"put the whole table into docs/{PAGE.name}"
+        "--save", action="store_true", help=f"put the whole tables into docs/{PAGE.name}"
     )
     options = parser.parse_args()
-    if options.only and options.save:
-        parser.error("--save keeps the whole table; leave out --only")
+    if options.save and (options.only not in (None, STORE) or options.quick):
+        parser.error("--save keeps whole tables; leave out --quick, and --only but for the store's")
     torch.set_num_threads(1)
-    names = [options.only] if options.only else list(BENCHMARKS)
-    rows = [row for name in names for row in BENCHMARKS[name]()]
-    print(_table(rows, markdown=False))
-    print()
-    print(
-        "CPU seconds (time.process_time), one torch thread, smallest of the repeats. Difference: "
-        "relative Frobenius norm from the reference result."
-    )
+    met = True
+    if options.only != STORE:
+        names = [options.only] if options.only else list(BENCHMARKS)
+        rows = [row for name in names for row in BENCHMARKS[name]()]
+        cells = [HEADER, *map(_cells, rows)]
+        met = all(row.met for row in rows)
+        print(_table(cells, markdown=False))
+        print()
+        print(
+            "CPU seconds (time.process_time), one torch thread, smallest of the repeats. "
+            "Difference: relative Frobenius norm from the reference result."
+        )
+        if options.save:
+            _save("measured", cells)
+    if options.only in (None, STORE):
+        facts = store.benchmarks(quick=options.quick)
+        cells = [STORE_HEADER, *map(_fact_cells, facts)]
+        met = met and all(fact.met for fact in facts)
+        print(_table(cells, markdown=False))
+        if options.save:
+            _save(STORE, cells)
     print(_machine())
-    if options.save:
-        _save(rows)
-    raise SystemExit(0 if all(row.met for row in rows) else 1)
+    raise SystemExit(0 if met else 1)
 
 
 if __name__ == "__main__":

@@ -32,13 +32,18 @@ def extra_bytes(module: str, part: str) -> int | None:
 
 
 def report(task: Callable[[], object]) -> None:
-    """Print by how many bytes the resident size at its peak during `task` exceeds that before."""
+    """Print `growth(task)`."""
+    print(growth(task))
+
+
+def growth(task: Callable[[], object]) -> int:
+    """Return by how many bytes the resident size at its peak during `task` exceeds that before."""
     _CLEAR.write_text("5")  # resets the peak to the present size
     before = _kibibytes("VmRSS")
     result = task()
     peak = _kibibytes("VmHWM")
     del result
-    print(1024 * (peak - before))
+    return 1024 * (peak - before)
 
 
 def _kibibytes(field: str) -> int:
