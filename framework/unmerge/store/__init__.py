@@ -5,7 +5,7 @@ from __future__ import annotations
 from unmerge.store.adapter_store import AdapterStore
 from unmerge.store.compact import GcReport
 from unmerge.store.diff import AdapterChange, ModuleChange, StoreDiff
-from unmerge.store.records import AdapterInfo, ModuleInfo, Version
+from unmerge.store.records import AdapterInfo, LinkedFile, ModuleInfo, Version
 from unmerge.store.tables import DeadSpace
 from unmerge.store.verify import StoreProblem, StoreReport
 
@@ -15,6 +15,7 @@ __all__ = [
     "AdapterStore",
     "DeadSpace",
     "GcReport",
+    "LinkedFile",
     "ModuleChange",
     "ModuleInfo",
     "StoreDiff",

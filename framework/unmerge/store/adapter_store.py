@@ -17,6 +17,7 @@ from unmerge.store.checks import check_annotation, check_fits, check_free, own_c
 from unmerge.store.compact import GcReport, gc
 from unmerge.store.diff import StoreDiff, diff
 from unmerge.store.failures import backend
+from unmerge.store.linking import check_unaltered, find_links
 from unmerge.store.records import AdapterInfo, StoreIndex, Version
 from unmerge.store.repository import StoreRepository
 from unmerge.store.staging import Changes, Spool, StagedAdapter
@@ -145,6 +146,7 @@ class AdapterStore:
         metadata: Mapping[str, str] | None = None,
         replace: bool = False,
         allow_duplicates: bool = False,
+        link: Sequence[Path] = (),
     ) -> None:
         """Check an adapter and stage a copy of it for the next `commit`.
 
@@ -152,30 +154,44 @@ class AdapterStore:
         number. Factors may be float32, float16 or bfloat16; verbatim tensors also float64, an
         integer dtype or bool. When this raises, what is staged is as before.
 
+        With `link` the factors stay in the files given, and the store only gets references to
+        where they are. It hardly grows then; and once such a file is changed, moved or deleted,
+        the adapter can no longer be read, which reading it says.
+
         Args:
             adapter: The adapter.
             note: Free text to keep with it.
             metadata: Keys and values to keep with it.
             replace: Take the place of a stored adapter of this name, which older versions keep.
             allow_duplicates: Take it even if it is there under another name, bit for bit.
+            link: Absolute paths of safetensors files that hold the factors row by row.
 
         Raises:
             AdapterExistsError: The store or the staged set has one of that name.
             DuplicateAdapterError: One of them has the same tensors and scalings.
-            AdapterError: A name, shape or dtype that is not allowed, or no modules.
+            AdapterError: A name, shape or dtype that is not allowed, or no modules; or a factor is
+                in none of the files to link.
             NonFiniteError: A tensor or a scaling holds NaN or infinity.
             IncompatibleAdaptersError: A module's `(d_out, d_in)` or kind, or the base model,
                 differs from what the store or the staged set has.
-            StoreError: The store is read-only.
+            StoreError: The store is read-only, or on S3, where nothing can be linked.
         """
         self._check_writable()
+        if link and _is_remote(self._repository):
+            raise StoreError(
+                f"{self.address}: nothing can be linked to a store on S3, whose readers may not "
+                "have the files; add adapters without --link"
+            )
         changes = self._changes
         check_free(adapter.name, changes, holder="the staged set")
         annotation = check_annotation(adapter.name, note, metadata or {})
         own = own_copy(adapter)
+        links = find_links(own, link) if link else None
         if self._spool is None:
             self._spool = Spool(_scratch(self._repository))
-        staged = self._spool.stage(own, annotation, replace=replace, duplicate=allow_duplicates)
+        staged = self._spool.stage(
+            own, annotation, replace=replace, duplicate=allow_duplicates, links=links
+        )
         try:
             check_fits(
                 staged,
@@ -258,6 +274,8 @@ class AdapterStore:
         time = datetime.now(UTC).isoformat(timespec="seconds")
 
         def write(root: zarr.Group, tip: str) -> None:
+            for adapter in changes.added.values():
+                check_unaltered(adapter)
             view = self._view if tip == self.version else StoreView(self._repository, tip)
             if view is not self._view:
                 for name in changes.removed:
@@ -499,4 +517,8 @@ class AdapterStore:
 
 def _scratch(repository: StoreRepository) -> Path | None:
     """Where large temporary files belong: beside the data, if that is on a local disk."""
-    return None if repository.address.startswith("s3://") else repository.path
+    return None if _is_remote(repository) else repository.path
+
+
+def _is_remote(repository: StoreRepository) -> bool:
+    return repository.address.startswith("s3://")

@@ -4,6 +4,7 @@
 /index                                the index document, JSON as bytes
 /records/<first>                      records of adapters, one JSON document per line, as bytes
 /modules/<module>/<rows>.<first>      factors of one kind, rank and dtype: (adapters, rows, columns)
+/modules/<module>/<rows>-linked.0     likewise, but references into files (`linking.py`)
 /verbatim/<digest>                    bytes of the verbatim tensors of an adapter, one after another
 
 What grows with every adapter, records and rows of factors, lies in segments (`segments.py`), each
@@ -78,9 +79,10 @@ def node_name(name: str) -> str:
     return quoted
 
 
-def rows_path(module: str, factor: Factor, rank: int, dtype: str) -> str:
+def rows_path(module: str, factor: Factor, rank: int, dtype: str, *, linked: bool) -> str:
     """Return what the paths of the arrays begin with that hold such factors of one module."""
-    return f"modules/{node_name(module)}/{factor}-r{rank}-{dtype}"
+    suffix = "-linked" if linked else ""
+    return f"modules/{node_name(module)}/{factor}-r{rank}-{dtype}{suffix}"
 
 
 def verbatim_path(digest: str) -> str:

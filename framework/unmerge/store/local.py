@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from unmerge.errors import StoreError, StoreExistsError
 from unmerge.store.engine import BRANCH, create_empty, new_root, prepare
+from unmerge.store.linking import access
 
 # Icechunk lists only its own folders, so a file beside them is never taken for data.
 _LOCK_NAME = "unmerge.lock"
@@ -59,6 +60,13 @@ class LocalPlace:
                 "(unmerge init on the command line)"
             )
         return icechunk.Repository.open(storage)
+
+    def open_linked(self, folders: Iterable[Path]) -> icechunk.Repository:
+        """Open the repository so that references into these directories can be read."""
+        config, authorised = access(folders)
+        return icechunk.Repository.open(
+            _storage(self._target), config=config, authorize_virtual_chunk_access=authorised
+        )
 
     def create(self, initialise: Callable[[zarr.Group], None]) -> None:
         """Create a repository beside the directory and rename it.

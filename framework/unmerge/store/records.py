@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from pathlib import PurePath
 from typing import Annotated, NamedTuple, TypeVar
 
 import torch
@@ -84,6 +85,7 @@ class ModuleRecord(NamedTuple):
     scaling: float
     A: FactorRecord
     B: FactorRecord
+    linked: bool
 
     def factor(self, factor: Factor) -> FactorRecord:
         """Return the record of factor `factor`."""
@@ -95,14 +97,16 @@ class ModuleRecord(NamedTuple):
 
     def table(self, path: str, factor: Factor) -> str:
         """Return the path of the table that factor `factor` of the module at `path` is in."""
-        return rows_path(path, factor, self.rank, self.factor(factor).dtype)
+        dtype = self.factor(factor).dtype
+        return rows_path(path, factor, self.rank, dtype, linked=self.linked)
 
 
 class ModuleTable(BaseModel):
     """The modules of an adapter as columns, one entry per module in each, sorted by path.
 
     Columns are several times smaller and faster to parse than one object per module.
-    `scaling` is `float.hex()`: exact whatever parses the JSON.
+    `scaling` is `float.hex()`: exact whatever parses the JSON. `linked` is said of all modules at
+    once: their factors are references, see `StoredAdapter.files`.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -119,10 +123,12 @@ class ModuleTable(BaseModel):
     row_B: tuple[Natural, ...]
     crc32_A: tuple[Natural, ...]
     crc32_B: tuple[Natural, ...]
+    linked: bool = False
 
     @model_validator(mode="after")
     def _aligned(self) -> ModuleTable:
-        lengths = {len(getattr(self, column)) for column in type(self).model_fields}
+        columns = type(self).model_fields.keys() - {"linked"}
+        lengths = {len(getattr(self, column)) for column in columns}
         if lengths != {len(set(self.path))}:
             raise ValueError("columns of different lengths, or a module path given twice")
         return self
@@ -151,6 +157,7 @@ class ModuleTable(BaseModel):
             scaling=float.fromhex(self.scaling[i]),
             A=FactorRecord(self.dtype_A[i], self.row_A[i], self.crc32_A[i]),
             B=FactorRecord(self.dtype_B[i], self.row_B[i], self.crc32_B[i]),
+            linked=self.linked,
         )
 
     def get(self, path: str) -> ModuleRecord | None:
@@ -160,8 +167,8 @@ class ModuleTable(BaseModel):
         return self[path]
 
     @classmethod
-    def of(cls, modules: Mapping[str, ModuleRecord]) -> ModuleTable:
-        """Return the table of `modules`, by path."""
+    def of(cls, modules: Mapping[str, ModuleRecord], *, linked: bool) -> ModuleTable:
+        """Return the table of `modules`, by path, which are all linked or none of them."""
         paths = sorted(modules)
         records = [modules[path] for path in paths]
         return cls(
@@ -177,6 +184,7 @@ class ModuleTable(BaseModel):
             row_B=tuple(record.B.row for record in records),
             crc32_A=tuple(record.A.crc32 for record in records),
             crc32_B=tuple(record.B.crc32 for record in records),
+            linked=linked,
         )
 
 
@@ -196,10 +204,26 @@ class VerbatimRecord(BaseModel):
         return math.prod(self.shape) * VERBATIM_DTYPES[self.dtype].itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class LinkedFile:
+    """What a file was when an adapter was linked to it.
+
+    Attributes:
+        size: Its bytes.
+        sha256: `sha256:…` of them.
+        modified: When it was last written to, in seconds since 1970, rounded up.
+    """
+
+    size: Natural
+    sha256: str
+    modified: Natural
+
+
 class StoredAdapter(Document):
     """Everything about one adapter but the numbers in its tensors.
 
     Attributes:
+        files: The files that hold the factors of a linked adapter, by absolute path.
         verbatim_digest: Digest of the bytes of all verbatim tensors, which says where they are;
             empty where there are none.
     """
@@ -215,8 +239,19 @@ class StoredAdapter(Document):
     note: str
     metadata: dict[str, str]
     modules: ModuleTable
+    files: dict[str, LinkedFile] = {}
     verbatim: dict[str, VerbatimRecord]
     verbatim_digest: str
+
+    @model_validator(mode="after")
+    def _linked_to_files(self) -> StoredAdapter:
+        if self.modules.linked != bool(self.files):
+            raise ValueError("linked without files, or files without being linked")
+        for file in map(PurePath, self.files):
+            # Access is given to the directories of these, so what they are must be plain to see.
+            if not file.is_absolute() or ".." in file.parts:
+                raise ValueError(f"linked to {file}, expected an absolute path without ..")
+        return self
 
     def info(self) -> AdapterInfo:
         """Return the record as callers see it."""
@@ -247,6 +282,7 @@ class StoredAdapter(Document):
             note=self.note,
             metadata=dict(sorted(self.metadata.items())),
             modules=modules,
+            files=dict(sorted(self.files.items())),
             verbatim=verbatim,
             elements=sum(n for n, _ in sizes + others),
             nbytes=_nbytes(sizes + others),
@@ -353,6 +389,8 @@ class AdapterInfo:
         note: Free text of whoever added it.
         metadata: Keys and values of whoever added it, sorted.
         modules: By module path, sorted.
+        files: The files that hold the factors, by absolute path, sorted; empty where the store
+            holds them itself, as it does unless the adapter was linked.
         verbatim: Dtype name and shape of each verbatim tensor by its key, sorted.
         elements: Numbers in all its tensors.
         nbytes: Bytes of all its tensors, uncompressed.
@@ -369,6 +407,7 @@ class AdapterInfo:
     note: str
     metadata: Mapping[str, str]
     modules: Mapping[str, ModuleInfo]
+    files: Mapping[str, LinkedFile]
     verbatim: Mapping[str, tuple[str, tuple[int, ...]]]
     elements: int
     nbytes: int

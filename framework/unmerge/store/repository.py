@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
@@ -112,9 +112,25 @@ class StoreRepository:
         return self._repository.lookup_branch(BRANCH)
 
     def read(self, version: str) -> zarr.Group:
-        """Return the root group of one version, read-only."""
-        session = self._repository.readonly_session(snapshot_id=version)
-        return zarr.open_group(session.store, mode="r", zarr_format=3, use_consolidated=False)
+        """Return the root group of one version, read-only; linked tables cannot be read in it."""
+        return _readonly_root(self._repository, version)
+
+    def read_linked(self, version: str, folders: Iterable[Path]) -> zarr.Group:
+        """Return the root group of one version, read-only, for linked tables.
+
+        Args:
+            version: Its id.
+            folders: The directories whose files may be read.
+
+        Raises:
+            StoreError: The repository is not on a local disk.
+        """
+        if not isinstance(self._place, LocalPlace):
+            raise StoreError(
+                f"{self.address}: holds linked adapters, which only a store in a local directory "
+                "may; add them without linking"
+            )
+        return _readonly_root(self._place.open_linked(folders), version)
 
     def root(self, session: icechunk.Session) -> zarr.Group:
         """Return the root group of a session that writes."""
@@ -325,6 +341,11 @@ class StoreRepository:
             for entry in self._repository.ancestry(snapshot_id=start):
                 if entry.parent_id is not None:  # Icechunk's own, from before the first version
                     yield entry.id
+
+
+def _readonly_root(repository: icechunk.Repository, version: str) -> zarr.Group:
+    session = repository.readonly_session(snapshot_id=version)
+    return zarr.open_group(session.store, mode="r", zarr_format=3, use_consolidated=False)
 
 
 def _check_zone(moment: datetime) -> None:

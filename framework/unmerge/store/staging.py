@@ -18,7 +18,7 @@ from unmerge.adapter import Adapter
 from unmerge.arrays import dtype_name
 from unmerge.errors import StoreError
 from unmerge.store.layout import Bits, Factor, crc32, storage_dtype, to_stored
-from unmerge.store.records import Layer
+from unmerge.store.records import Layer, LinkedFile
 
 # Below this much no file is made.
 _IN_MEMORY = 32 << 20
@@ -26,12 +26,21 @@ _IN_MEMORY = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class StagedTensor:
-    """A tensor in a spool: what it is, and where its bytes begin."""
+    """A tensor that is to be stored.
+
+    Attributes:
+        dtype: Name of its dtype.
+        shape: Its shape.
+        crc32: CRC-32 of its bytes.
+        start: Where they begin.
+        file: Where they are: in this file, which the adapter is linked to, or in the spool.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     crc32: int
     start: int
+    file: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +50,7 @@ class StagedTensor:
 
 @dataclass(frozen=True, slots=True)
 class StagedModule:
-    """One module: its factors in a spool."""
+    """One module and its factors."""
 
     scaling: float
     kind: str
@@ -64,6 +73,19 @@ class StagedModule:
 
 
 @dataclass(frozen=True, slots=True)
+class Links:
+    """Where the factors of an adapter are that is linked to files instead of being copied.
+
+    Attributes:
+        files: What the files are, by absolute path.
+        places: File and first byte of every factor, by module path and factor.
+    """
+
+    files: Mapping[str, LinkedFile]
+    places: Mapping[tuple[str, Factor], tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class StagedAdapter:
     """A checked adapter that the next commit writes.
 
@@ -75,6 +97,7 @@ class StagedAdapter:
         replace: Whether it takes the place of the stored adapter of its name.
         duplicate: Whether it may be there under another name, bit for bit.
         modules: By module path, sorted.
+        files: The files that it is linked to, by absolute path; empty where it is copied.
         verbatim: By key, sorted.
     """
 
@@ -90,7 +113,13 @@ class StagedAdapter:
     replace: bool
     duplicate: bool
     modules: Mapping[str, StagedModule]
+    files: Mapping[str, LinkedFile]
     verbatim: Mapping[str, StagedTensor]
+
+    @property
+    def linked(self) -> bool:
+        """Whether it is linked to files."""
+        return bool(self.files)
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -172,8 +201,16 @@ class Spool:
         *,
         replace: bool,
         duplicate: bool,
+        links: Links | None = None,
     ) -> StagedAdapter:
-        """Write a checked adapter's tensors and return the rest of it."""
+        """Write a checked adapter's tensors, but not those that `links` knows; return the rest."""
+
+        def staged(path: str, factor: Factor, tensor: torch.Tensor) -> StagedTensor:
+            if links is None:
+                return self._put(tensor)
+            file, start = links.places[path, factor]
+            return _described(tensor, start, file)
+
         return StagedAdapter(
             name=adapter.name,
             format=adapter.format,
@@ -190,11 +227,12 @@ class Spool:
                 path: StagedModule(
                     scaling=factors.scaling,
                     kind=factors.kind,
-                    A=self._put(factors.A),
-                    B=self._put(factors.B),
+                    A=staged(path, "A", factors.A),
+                    B=staged(path, "B", factors.B),
                 )
                 for path, factors in sorted(adapter.modules.items())
             },
+            files={} if links is None else links.files,
             verbatim={key: self._put(tensor) for key, tensor in sorted(adapter.verbatim.items())},
         )
 
@@ -216,7 +254,8 @@ class Spool:
         """Take back the bytes of the adapter that was staged last."""
         tensors = [*adapter.verbatim.values()]
         tensors.extend(f for module in adapter.modules.values() for f in (module.A, module.B))
-        self._end = min(tensor.start for tensor in tensors)
+        starts = [tensor.start for tensor in tensors if tensor.file is None]
+        self._end = min(starts, default=self._end)
 
     def _put(self, tensor: torch.Tensor) -> StagedTensor:
         bits = to_stored(tensor)
@@ -224,9 +263,14 @@ class Spool:
             start = self._file.seek(self._end)
             self._file.write(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
             self._end = self._file.tell()
-        return StagedTensor(
-            dtype=dtype_name(tensor.dtype),
-            shape=tuple(tensor.shape),
-            crc32=crc32(bits),
-            start=start,
-        )
+        return _described(tensor, start)
+
+
+def _described(tensor: torch.Tensor, start: int, file: str | None = None) -> StagedTensor:
+    return StagedTensor(
+        dtype=dtype_name(tensor.dtype),
+        shape=tuple(tensor.shape),
+        crc32=crc32(to_stored(tensor)),
+        start=start,
+        file=file,
+    )

@@ -16,7 +16,9 @@ from unmerge.store.layout import FACTORS, Factor, node_name, storage_dtype, verb
 from unmerge.store.records import StoredAdapter, StoreIndex
 from unmerge.store.segments import chunks_of_rows
 
-_TABLE = re.compile(r"modules/(?P<module>[^/]+)/(?P<factor>[AB])-r(?P<rank>\d+)-(?P<dtype>\w+)")
+_TABLE = re.compile(
+    r"modules/(?P<module>[^/]+)/(?P<factor>[AB])-r(?P<rank>\d+)-(?P<dtype>\w+)(?P<linked>-linked)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Table:
         factor: Which factor.
         rank: Their rank.
         dtype: Name of their dtype.
+        linked: Whether the rows are references to bytes in files.
         shape: Shape of a row.
         segments: Rows of every segment.
         owners: Name of the adapter whose each row is; rows that are nobody's are dead.
@@ -39,6 +42,7 @@ class Table:
     factor: Factor
     rank: int
     dtype: str
+    linked: bool
     shape: tuple[int, int]
     segments: Sequence[int]
     owners: Mapping[int, str]
@@ -50,12 +54,20 @@ class Table:
 
     @property
     def dead(self) -> int:
-        """Number of dead rows."""
+        """Number of dead rows.
+
+        A reference takes no space to speak of, so those of a linked table only count together,
+        once nobody is linked in it any more.
+        """
+        if self.linked and self.owners:
+            return 0
         return sum(row not in self.owners for row in range(self.rows))
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row, uncompressed."""
+        """Bytes that a row has in the store, uncompressed."""
+        if self.linked:
+            return 0
         return math.prod(self.shape) * np.dtype(storage_dtype(self.dtype)).itemsize
 
     @property
@@ -64,7 +76,12 @@ class Table:
         return f"{self.module}: factor {self.factor} (rank {self.rank}, {self.dtype})"
 
     def chunks(self) -> Iterator[range]:
-        """Give the numbers of all rows, those that share a chunk at a time."""
+        """Give the numbers of all rows, those that share a chunk at a time.
+
+        Of a linked table, whose dead rows may lie in files that are gone, only those in use.
+        """
+        if self.linked:
+            return (range(row, row + 1) for row in sorted(self.owners) if row < self.rows)
         return chunks_of_rows(self.segments, self.shape, self.dtype)
 
 
@@ -101,12 +118,13 @@ def tables_of(index: StoreIndex, records: Mapping[str, StoredAdapter]) -> list[T
                 factor=factor,
                 rank=rank,
                 dtype=match["dtype"],
+                linked=match["linked"] is not None,
                 shape=(rank, d_in) if factor == "A" else (d_out, rank),
                 segments=index.tables.get(path, []),
                 owners=rows,
             )
         )
-    return sorted(tables, key=lambda t: (t.module, t.factor, t.rank, t.dtype))
+    return sorted(tables, key=lambda t: (t.module, t.factor, t.rank, t.dtype, t.linked))
 
 
 def unused_verbatim(root: zarr.Group, records: Mapping[str, StoredAdapter]) -> list[str]:

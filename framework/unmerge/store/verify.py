@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import zarr
 
@@ -15,7 +16,8 @@ from unmerge.adapter import AdapterDigest
 from unmerge.errors import StoreError
 from unmerge.store.failures import backend
 from unmerge.store.layout import Bits, Factor, crc32, from_stored, verbatim_path
-from unmerge.store.records import StoredAdapter, StoreIndex, sha256
+from unmerge.store.linking import REPAIR, damaged
+from unmerge.store.records import LinkedFile, StoredAdapter, StoreIndex, sha256
 from unmerge.store.repository import StoreRepository
 from unmerge.store.segments import read_bytes, read_rows
 from unmerge.store.tables import DeadSpace, Table, dead_space, tables_of, unused_verbatim
@@ -85,7 +87,7 @@ def verify(
     with findings.noting("the version"):
         # What the repository at hand remembers says nothing about the disk.
         fresh = repository.reopened()
-        _verify(StoreView(fresh, version), fresh.read(version), findings, progress)
+        _verify(fresh, StoreView(fresh, version), findings, progress)
     return StoreReport(
         address=repository.address,
         version=version,
@@ -132,19 +134,37 @@ class _Findings:
 
 
 def _verify(
-    view: StoreView, root: zarr.Group, findings: _Findings, progress: Progress | None
+    repository: StoreRepository, view: StoreView, findings: _Findings, progress: Progress | None
 ) -> None:
-    index = view.index
+    root, index = repository.read(view.version), view.index
     findings.adapters = set(index.adapters)
     records = _check_records(view, root, findings)
     tables = tables_of(index, records)
-    digests = {name: AdapterDigest() for name in records}
+    files = _linked_files(records)
     chunks = [(table, rows) for table in tables for rows in table.chunks()]
-    total = len(chunks) + len(records)
+    total = len(files) + len(chunks) + len(records)
     steps = itertools.count(1)
+    sound: set[Path] = set()
+    for (file, facts), names in files.items():
+        if problem := damaged(file, facts):
+            findings.add(f"{file}, to which {_some(names)} is linked, {problem}; {REPAIR}", names)
+        else:
+            sound.add(Path(file).parent)
+        if progress is not None:
+            progress(next(steps), total)
+    linked_root = repository.read_linked(view.version, sound) if sound else root
+    # Of a file that is another, no chunk has more to tell.
+    lost = {name for name in records if records[name].files and name in findings.harmed}
+    readable = [
+        (linked_root if table.linked else root, table, rows)
+        for table, rows in chunks
+        if not (table.linked and table.owners[rows.start] in lost)
+    ]
+    steps = itertools.count(len(files) + len(chunks) - len(readable) + 1)
+    digests = {name: AdapterDigest() for name in records}
     module = None
     # Module by module, so that each chunk is read once, for all adapters that have a row in it.
-    for table, rows, reading in _ahead(root, chunks):
+    for table, rows, reading in _ahead(readable):
         if table.module != module:
             module = table.module
             for name, record in records.items():
@@ -203,6 +223,17 @@ def _strangers(record: StoredAdapter, index: StoreIndex) -> list[str]:
     return [path for path, layer in layers if index.layers.get(path) != layer]
 
 
+def _linked_files(
+    records: Mapping[str, StoredAdapter],
+) -> dict[tuple[str, LinkedFile], list[str]]:
+    """Return what each linked file should be, with the names of the adapters that say so."""
+    files: dict[tuple[str, LinkedFile], list[str]] = {}
+    for name, record in records.items():
+        for entry in record.files.items():
+            files.setdefault(entry, []).append(name)
+    return dict(sorted(files.items(), key=lambda item: item[0][0]))
+
+
 def _check_rows(
     table: Table,
     rows: range,
@@ -247,19 +278,19 @@ def _check_adapter(
 
 
 def _ahead(
-    root: zarr.Group, chunks: Iterable[tuple[Table, range]]
+    chunks: Iterable[tuple[zarr.Group, Table, range]],
 ) -> Iterator[tuple[Table, range, Future[list[_Block]]]]:
     """Give the rows of every chunk, in order; the next few are read meanwhile."""
 
-    def read(table: Table, rows: range) -> list[_Block]:
+    def read(root: zarr.Group, table: Table, rows: range) -> list[_Block]:
         found = read_rows(root, table.path, table.segments, table.shape, table.dtype, rows)
         return list(found)
 
     waiting: deque[tuple[Table, range, Future[list[_Block]]]] = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
         try:
-            for table, rows in chunks:
-                waiting.append((table, rows, pool.submit(read, table, rows)))
+            for root, table, rows in chunks:
+                waiting.append((table, rows, pool.submit(read, root, table, rows)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
             while waiting:

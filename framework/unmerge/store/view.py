@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
 
 from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterNotInStoreError, ModuleNotInAdapterError, StoreError
@@ -25,6 +27,7 @@ from unmerge.store.layout import (
     storage_dtype,
     verbatim_path,
 )
+from unmerge.store.linking import REPAIR, altered
 from unmerge.store.records import Layer, ModuleRecord, StoredAdapter, StoreIndex, parse
 from unmerge.store.repository import StoreRepository
 from unmerge.store.segments import read_bytes, read_rows
@@ -67,6 +70,8 @@ class StoreView:
         self.index = parse(
             StoreIndex, data, attributes.get("index_sha256"), where=f"{self._place}: index"
         )
+        self._repository = repository
+        self._linked: dict[frozenset[Path], zarr.Group] = {}
         self._segments: dict[int, list[bytes]] = {}
         self._records: dict[str, StoredAdapter] = {}
 
@@ -235,7 +240,8 @@ class StoreView:
             for i, row in enumerate(rows):
                 name, checksum = wanted.owners[row]
                 if zlib.crc32(content[i * nbytes : (i + 1) * nbytes]) != checksum:
-                    raise StoreError(_damage(f'{where}, row {row}, adapter "{name}"'))
+                    files = sorted(self.record(name).files)
+                    raise StoreError(_damage(f'{where}, row {row}, adapter "{name}"', files))
                 found.append((name, tensors[i]))
         return found
 
@@ -245,9 +251,10 @@ class StoreView:
         shape = wanted.module.factor_shape(wanted.factor)
         dtype = wanted.module.factor(wanted.factor).dtype
         segments = self.index.tables.get(table, [])
+        root = self._linked_root(wanted.names, where=where) if wanted.module.linked else self._root
 
         def read(rows: Sequence[int]) -> list[tuple[Sequence[int], Bits]]:
-            return list(read_rows(self._root, table, segments, shape, dtype, rows))
+            return list(read_rows(root, table, segments, shape, dtype, rows))
 
         try:
             return read(sorted(wanted.owners))
@@ -256,10 +263,31 @@ class StoreView:
                 raise
             # Which chunk it was is found row by row; slow, but only once and for a person.
             lost = [name for row, (name, _) in wanted.owners.items() if not _succeeds(read, [row])]
-            who = ", ".join(f'"{name}"' for name in lost or sorted(wanted.names))
-            raise StoreError(
-                f"{where} of {who} cannot be read: {reason(error)}; {_RESTORE}"
-            ) from error
+            lost = lost or sorted(wanted.names)
+            who = ", ".join(f'"{name}"' for name in lost)
+            files = {file for name in lost for file in self.record(name).files}
+            problem = f"cannot be read: {reason(error)}"
+            raise StoreError(f"{where} of {who} {_advice(problem, sorted(files))}") from error
+
+    def _linked_root(self, names: Sequence[str], *, where: str) -> zarr.Group:
+        """Return a root group from which what these adapters are linked to can be read.
+
+        Raises:
+            StoreError: A file is not what it was; says whose it is.
+        """
+        folders: set[Path] = set()
+        for name in names:
+            for file, facts in self.record(name).files.items():
+                if problem := altered(file, facts):
+                    raise StoreError(
+                        f'{where} of "{name}" is linked to {file}, which {problem}; {REPAIR}'
+                    )
+                folders.add(Path(file).parent)
+        allowed = frozenset(folders)
+        if allowed not in self._linked:
+            with backend(f"{self._place}: linked adapters cannot be read"):
+                self._linked[allowed] = self._repository.read_linked(self.version, allowed)
+        return self._linked[allowed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,10 +316,11 @@ def _by_table(
     holders: Mapping[str, ModuleRecord], factor: Factor
 ) -> list[tuple[ModuleRecord, dict[int, tuple[str, int]]]]:
     """Split adapters by the table that their factor `factor` of one module is in."""
-    groups: dict[tuple[int, str], tuple[ModuleRecord, dict[int, tuple[str, int]]]] = {}
+    groups: dict[tuple[int, str, bool], tuple[ModuleRecord, dict[int, tuple[str, int]]]] = {}
     for name, module in holders.items():
         stored = module.factor(factor)
-        _, owners = groups.setdefault((module.rank, stored.dtype), (module, {}))
+        table = module.rank, stored.dtype, module.linked
+        _, owners = groups.setdefault(table, (module, {}))
         owners[stored.row] = (name, stored.crc32)
     return list(groups.values())
 
@@ -312,5 +341,13 @@ def _some(names: Sequence[str]) -> str:
     return (", ".join(names[:_SHOWN]) or "none") + more
 
 
-def _damage(where: str) -> str:
-    return f"{where}: the numbers read do not have the CRC-32 recorded for them; {_RESTORE}"
+def _damage(where: str, files: Sequence[str] = ()) -> str:
+    problem = "the numbers read do not have the CRC-32 recorded for them"
+    return f"{where}: {_advice(problem, files)}"
+
+
+def _advice(problem: str, files: Sequence[str]) -> str:
+    """Return a problem and what to do, with the numbers of linked adapters in `files`."""
+    if not files:
+        return f"{problem}; {_RESTORE}"
+    return f"{problem}; linked to {' and '.join(files)}: {REPAIR}"

@@ -20,6 +20,7 @@ from unmerge.store.layout import (
     rows_path,
     verbatim_path,
 )
+from unmerge.store.linking import append_links
 from unmerge.store.records import (
     FactorRecord,
     ModuleRecord,
@@ -66,20 +67,24 @@ def write_changes(
     tables = dict(index.tables)
     rows: dict[tuple[str, str, Factor], int] = {}
     for done, (place, members) in enumerate(sorted(batches.items()), start=1):
-        path, factor, rank, dtype = place
+        path, factor, rank, dtype, linked = place
         tensors = [adapter.modules[path].factor(factor) for adapter in members]
-        table = rows_path(path, factor, rank, dtype)
+        table = rows_path(path, factor, rank, dtype, linked=linked)
         before = tables.get(table, [])
         # A damaged last segment cannot be completed: say which it is.
         with backend(f"{path}: factor {factor} (rank {rank}, {dtype}) cannot be appended to"):
-            tables[table] = append_rows(
-                root,
-                table,
-                before,
-                tensors[0].shape,
-                dtype,
-                [functools.partial(_bits, spool, tensor) for tensor in tensors],
-            )
+            if linked:
+                files = [adapter.files for adapter in members]
+                tables[table] = append_links(root, table, before, tensors, files)
+            else:
+                tables[table] = append_rows(
+                    root,
+                    table,
+                    before,
+                    tensors[0].shape,
+                    dtype,
+                    [functools.partial(_bits, spool, tensor) for tensor in tensors],
+                )
         for row, adapter in enumerate(members, start=sum(before)):
             rows[adapter.name, path, factor] = row
         if progress is not None:
@@ -166,13 +171,14 @@ def _base(index: StoreIndex, changes: Changes) -> tuple[str | None, str | None]:
 
 def _batches(
     adapters: Collection[StagedAdapter],
-) -> dict[tuple[str, Factor, int, str], list[StagedAdapter]]:
-    """Return which adapters share a table, by (module path, factor, rank, dtype)."""
-    batches: dict[tuple[str, Factor, int, str], list[StagedAdapter]] = {}
+) -> dict[tuple[str, Factor, int, str, bool], list[StagedAdapter]]:
+    """Return which adapters share a table, by (module path, factor, rank, dtype, linked)."""
+    batches: dict[tuple[str, Factor, int, str, bool], list[StagedAdapter]] = {}
     for adapter in adapters:
         for path, module in adapter.modules.items():
             for factor in FACTORS:
-                place = (path, factor, module.rank, module.factor(factor).dtype)
+                dtype = module.factor(factor).dtype
+                place = (path, factor, module.rank, dtype, adapter.linked)
                 batches.setdefault(place, []).append(adapter)
     return batches
 
@@ -222,10 +228,13 @@ def _record(
                     scaling=module.scaling,
                     A=placed(path, "A"),
                     B=placed(path, "B"),
+                    linked=adapter.linked,
                 )
                 for path, module in adapter.modules.items()
-            }
+            },
+            linked=adapter.linked,
         ),
+        files=dict(sorted(adapter.files.items())),
         verbatim={
             key: VerbatimRecord(dtype=t.dtype, shape=t.shape, crc32=t.crc32, start=end - t.nbytes)
             for (key, t), end in zip(adapter.verbatim.items(), ends, strict=True)
