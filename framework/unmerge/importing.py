@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from unmerge.adapter import Adapter
@@ -19,7 +20,10 @@ from unmerge.errors import (
     UnmergeError,
 )
 from unmerge.formats import AdapterFormat, Formats, default_formats, read_adapter
+from unmerge.formats.base import entries
+from unmerge.formats.hub import hub_address
 from unmerge.store import AdapterInfo, AdapterStore
+from unmerge.store.linking import altered
 
 __all__ = ["ImportReport", "Imported", "Status", "import_adapters"]
 
@@ -93,6 +97,7 @@ def import_adapters(
     metadata: Mapping[str, str] | None = None,
     replace: bool = False,
     allow_duplicates: bool = False,
+    link: bool = False,
     skip_bad: bool = False,
     message: str | None = None,
     progress: Progress | None = None,
@@ -115,6 +120,8 @@ def import_adapters(
             where no others are given. What is there already, bit for bit and with the same
             configuration, note and metadata, is left as it is.
         allow_duplicates: Take adapters that are there under another name, bit for bit.
+        link: Leave the factors in the sources' safetensors files, of which symbolic links are
+            followed once, now; see `AdapterStore.add`.
         skip_bad: Commit the good ones where others are bad.
         message: What is done, for the history; by default it names the adapters.
         progress: Called with a phase, units done and units in all.
@@ -143,13 +150,15 @@ def import_adapters(
     report = progress or _silent
 
     def take(source: str | os.PathLike[str]) -> Imported:
+        files = _linkable(source, revision) if link else None
         adapter = read_adapter(source, name=name, revision=revision, format=chosen, formats=known)
         own_note, own_metadata = note, metadata or {}
         there = store.info(adapter.name) if replace and adapter.name in store.names() else None
         if there is not None:
             own_note, own_metadata = note or there.note, metadata or there.metadata
             kept = own_note == there.note and own_metadata == there.metadata
-            if kept and _same(adapter, there, store.read_config(adapter.name)):
+            stays = kept and _stays_where_it_is(there, files)
+            if stays and _same(adapter, there, store.read_config(adapter.name)):
                 return _became("unchanged", source, adapter)
         store.add(
             adapter,
@@ -157,6 +166,7 @@ def import_adapters(
             metadata=own_metadata,
             replace=there is not None,
             allow_duplicates=allow_duplicates,
+            link=files,
         )
         return _became("added" if there is None else "replaced", source, adapter)
 
@@ -204,6 +214,39 @@ def _same(adapter: Adapter, stored: AdapterInfo, config: str) -> bool:
         and (stored.base_model, stored.revision) == (adapter.base_model, adapter.revision)
         and config == adapter.config
         and stored.digest == adapter.digest()
+    )
+
+
+def _linkable(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, ...]:
+    """Return the safetensors files of a source, to which an adapter can be linked.
+
+    Raises:
+        AdapterError: The source is on the hub, or has no such file.
+    """
+    text = os.fspath(source)
+    if hub_address(text, revision, local=not isinstance(source, str)) is not None:
+        raise AdapterError(
+            f"{text}: cannot be linked: is on the hub, whose downloads come and go; add it without "
+            "--link, or download it to a directory of yours first"
+        )
+    place = Path(source)
+    found = [place] if place.is_file() else entries(place)
+    # Where a symbolic link leads today is where the bytes are that were checked.
+    files = tuple(path.resolve() for path in found if path.suffix == ".safetensors")
+    if place.exists() and not files:
+        raise AdapterError(
+            f"{text}: cannot be linked: has no safetensors file, and others cannot be linked to; "
+            "add it without --link"
+        )
+    return files
+
+
+def _stays_where_it_is(stored: AdapterInfo, files: Sequence[Path] | None) -> bool:
+    """Return whether a stored adapter is linked as it would be now, or copied as it would be."""
+    if not stored.files or files is None:
+        return not stored.files and files is None
+    return stored.files.keys() <= {os.fspath(path) for path in files} and not any(
+        altered(file, facts) for file, facts in stored.files.items()
     )
 
 

@@ -30,6 +30,7 @@ from unmerge.store import AdapterStore
 @click.option("--meta", metavar="KEY=VALUE", multiple=True, help="Metadata to keep with each.")
 @click.option("--replace", is_flag=True, help="Replace adapters of these names that are there.")
 @click.option("--allow-duplicates", is_flag=True, help="Add what is there under another name.")
+@click.option("--link", is_flag=True, help="Leave the numbers in the files; store where they are.")
 @click.option("--skip-bad", is_flag=True, help="Add the good ones where others are bad.")
 def add(
     store: str, sources: tuple[str, ...], skip_bad: bool, as_json: bool, **options: Any
@@ -57,6 +58,7 @@ def add(
                 metadata=metadata,
                 replace=options["replace"],
                 allow_duplicates=options["allow_duplicates"],
+                link=options["link"],
                 skip_bad=skip_bad,
                 message=options["message"],
                 progress=progress,

@@ -106,6 +106,8 @@ def show(store: str, name: str, at: str | None, as_json: bool) -> None:
     say(f"digest      {info.digest}")
     say(f"added       {info.added}")
     say(f"size        {size(info.nbytes)}, {info.elements} elements")
+    for file in info.files:
+        say(f"linked to   {file}")
     for key, value in info.metadata.items():
         say(f"metadata    {key}={value}")
     if info.note:
@@ -192,6 +194,10 @@ def _info_data(info: AdapterInfo) -> dict[str, object]:
                 "scaling": m.scaling,
             }
             for path, m in info.modules.items()
+        },
+        "files": {
+            file: {"bytes": f.size, "sha256": f.sha256, "modified": f.modified}
+            for file, f in info.files.items()
         },
         "verbatim": {
             key: {"dtype": dtype, "shape": list(shape)}

@@ -146,7 +146,7 @@ class AdapterStore:
         metadata: Mapping[str, str] | None = None,
         replace: bool = False,
         allow_duplicates: bool = False,
-        link: Sequence[Path] = (),
+        link: Sequence[Path] | None = None,
     ) -> None:
         """Check an adapter and stage a copy of it for the next `commit`.
 
@@ -164,7 +164,8 @@ class AdapterStore:
             metadata: Keys and values to keep with it.
             replace: Take the place of a stored adapter of this name, which older versions keep.
             allow_duplicates: Take it even if it is there under another name, bit for bit.
-            link: Absolute paths of safetensors files that hold the factors row by row.
+            link: Absolute paths of safetensors files that hold the factors row by row; `None` to
+                copy them.
 
         Raises:
             AdapterExistsError: The store or the staged set has one of that name.
@@ -177,7 +178,7 @@ class AdapterStore:
             StoreError: The store is read-only, or on S3, where nothing can be linked.
         """
         self._check_writable()
-        if link and _is_remote(self._repository):
+        if link is not None and _is_remote(self._repository):
             raise StoreError(
                 f"{self.address}: nothing can be linked to a store on S3, whose readers may not "
                 "have the files; add adapters without --link"
@@ -186,7 +187,7 @@ class AdapterStore:
         check_free(adapter.name, changes, holder="the staged set")
         annotation = check_annotation(adapter.name, note, metadata or {})
         own = own_copy(adapter)
-        links = find_links(own, link) if link else None
+        links = None if link is None else find_links(own, link)
         if self._spool is None:
             self._spool = Spool(_scratch(self._repository))
         staged = self._spool.stage(

@@ -80,7 +80,7 @@ def find_links(adapter: Adapter, paths: Sequence[Path]) -> Links:
             )
     for module, factor, _ in itertools.chain.from_iterable(wanted.values()):
         if (module, factor) not in places:
-            where = ", ".join(str(path) for path in paths)
+            where = ", ".join(str(path) for path in paths) or "no file"
             raise AdapterError(
                 f'{module}: adapter "{adapter.name}" cannot be linked: factor {factor} is not '
                 f"stored row by row in any of: {where}; add it without --link"
