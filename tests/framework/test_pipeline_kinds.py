@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import peft
@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 import unmerge_bundle
 from layers import KINDS, Layers
-from unmerge import Adapter, AdapterStore, Factors, MergePipeline, read_adapter
+from unmerge import Adapter, AdapterStore, MergePipeline, read_adapter
 from unmerge.appending import append
-from unmerge.arrays import dtype_name
 from unmerge.errors import IncompatibleAdaptersError
+from unmerge.store import AdapterInfo
 from unmerge_bundle import RefitError
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -29,53 +29,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class Shelf:
-    """Adapters in memory, as a pipeline reads them."""
-
-    path = Path("shelf")
-    base_model = None
-    revision = None
-
-    def __init__(self, *adapters: Adapter) -> None:
-        self.adapters = {adapter.name: adapter for adapter in adapters}
-
-    def list(self) -> list[Any]:
-        return [
-            SimpleNamespace(
-                name=name,
-                format=a.format,
-                base_model=a.base_model,
-                revision=a.revision,
-                digest=a.digest(),
-                modules={
-                    path: SimpleNamespace(
-                        rank=f.rank,
-                        d_out=f.d_out,
-                        d_in=f.d_in,
-                        dtype=dtype_name(f.A.dtype),
-                        scaling=f.scaling,
-                        kind=f.kind,
-                    )
-                    for path, f in a.modules.items()
-                },
-                verbatim=dict.fromkeys(a.verbatim),
-                verbatim_nbytes=sum(t.nbytes for t in a.verbatim.values()),
-            )
-            for name, a in sorted(self.adapters.items())
-        ]
-
-    def read_module(self, path: str, names: Sequence[str]) -> list[tuple[str, Factors]]:
-        return [(name, self.adapters[name].modules[path]) for name in names]
-
-    def read_config(self, name: str) -> str:
-        return self.adapters[name].config
-
-    def read_verbatim(self, name: str) -> dict[str, torch.Tensor]:
-        return dict(self.adapters[name].verbatim)
+Pipeline = Callable[..., MergePipeline]
 
 
-def pipeline(merger: dict[str, Any], *adapters: Adapter, **options: Any) -> MergePipeline:
-    return MergePipeline(cast(AdapterStore, Shelf(*adapters)), merger, **options)
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    """Make a pipeline over a new store that holds some adapters."""
+    numbers = itertools.count()
+
+    def make(merger: dict[str, Any], *adapters: Adapter, **options: Any) -> MergePipeline:
+        store = AdapterStore.create(tmp_path / f"zoo-{next(numbers)}")
+        for adapter in adapters:
+            store.add(adapter)
+        store.commit("adapters")
+        return MergePipeline(store, merger, **options)
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +79,7 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-4, msg=key)
 
 
-def test_plans_know_the_kinds(adapters: list[Adapter]) -> None:
+def test_plans_know_the_kinds(pipeline: Pipeline, adapters: list[Adapter]) -> None:
     plan = pipeline({"method": "average"}, *adapters).plan()
     assert {shape.path: shape.kind for shape in plan.modules} == KINDS
 
@@ -120,6 +89,7 @@ def test_plans_know_the_kinds(adapters: list[Adapter]) -> None:
     "merger", [{"method": "rmm", "basis_size": 2}, {"method": "jd", "rank": 6}]
 )
 def test_restored_adapters_change_the_weights_as_the_originals_do(
+    pipeline: Pipeline,
     directories: dict[str, Path],
     adapters: list[Adapter],
     tmp_path: Path,
@@ -149,7 +119,7 @@ def test_restored_adapters_change_the_weights_as_the_originals_do(
 
 @pytest.mark.parametrize("merger", [{"method": "average"}, {"method": "ties"}])
 def test_exported_adapters_change_the_weights_by_the_merged_delta(
-    adapters: list[Adapter], tmp_path: Path, merger: dict[str, Any]
+    pipeline: Pipeline, adapters: list[Adapter], tmp_path: Path, merger: dict[str, Any]
 ) -> None:
     pipeline(merger, *adapters).run(tmp_path / "out.rmb")
     merged = unmerge_bundle.open(tmp_path / "out.rmb").merged()
@@ -163,7 +133,7 @@ def test_exported_adapters_change_the_weights_by_the_merged_delta(
 
 
 def test_the_average_is_that_of_the_weights(
-    directories: dict[str, Path], adapters: list[Adapter], tmp_path: Path
+    pipeline: Pipeline, directories: dict[str, Path], adapters: list[Adapter], tmp_path: Path
 ) -> None:
     """Against PEFT alone: no layout of ours takes part in the expected numbers."""
     pipeline({"method": "average"}, *adapters).run(tmp_path / "out.rmb")
@@ -181,11 +151,34 @@ def with_kind(adapter: Adapter, path: str, kind: str) -> Adapter:
     return dataclasses.replace(adapter, modules={**adapter.modules, path: factors})
 
 
-def test_adapters_that_disagree_on_a_kind_are_refused_by_the_plan(
-    adapters: list[Adapter], tmp_path: Path
+def test_adapters_that_disagree_on_a_kind_are_refused_by_the_store(
+    pipeline: Pipeline, adapters: list[Adapter]
 ) -> None:
     other = with_kind(adapters[1], "square", "conv2d:1x1")
-    run = pipeline({"method": "average"}, adapters[0], other, adapters[2])
+    with pytest.raises(
+        IncompatibleAdaptersError,
+        match=r'^square: adapter "second" has it as conv2d:1x1, .* as conv2d:3x3; .* same base mod',
+    ):
+        pipeline({"method": "average"}, adapters[0], other, adapters[2])
+
+
+def test_adapters_that_disagree_on_a_kind_are_refused_by_the_plan(
+    pipeline: Pipeline,
+    adapters: list[Adapter],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever let them in."""
+    listed = AdapterStore.list
+
+    def infos(store: AdapterStore) -> list[AdapterInfo]:
+        first, second, third = listed(store)
+        square = dataclasses.replace(second.modules["square"], kind="conv2d:1x1")
+        modules = {**second.modules, "square": square}
+        return [first, dataclasses.replace(second, modules=modules), third]
+
+    monkeypatch.setattr(AdapterStore, "list", infos)
+    run = pipeline({"method": "average"}, *adapters)
     with pytest.raises(
         IncompatibleAdaptersError,
         match=r'^square: .* conv2d:1x1 in "second", conv2d:3x3 in "first"; .* same base model',
@@ -195,11 +188,11 @@ def test_adapters_that_disagree_on_a_kind_are_refused_by_the_plan(
         run.run(tmp_path / "out.rmb")
     # Where the module is not merged, nothing is to be agreed on.
     modules = [path for path in KINDS if path != "square"]
-    pipeline({"method": "average"}, adapters[0], other, modules=modules).plan()
+    pipeline({"method": "average"}, *adapters, modules=modules).plan()
 
 
 def test_chunks_hold_layers_of_several_kinds_without_a_trace(
-    adapters: list[Adapter], tmp_path: Path
+    pipeline: Pipeline, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     """A linear layer of a convolution's shape: one chunk, and the bytes of two."""
     twins = [
@@ -229,7 +222,7 @@ def test_chunks_hold_layers_of_several_kinds_without_a_trace(
 
 
 def test_appending_keeps_kinds_and_refuses_others(
-    directories: dict[str, Path], adapters: list[Adapter], tmp_path: Path
+    pipeline: Pipeline, directories: dict[str, Path], adapters: list[Adapter], tmp_path: Path
 ) -> None:
     first, second, third = adapters
     pipeline({"method": "quantize"}, first, second).run(tmp_path / "out.rmb")
