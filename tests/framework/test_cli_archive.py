@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -399,7 +401,17 @@ def test_forgetting_asks_first(zoo: str) -> None:
     assert [a["name"] for a in data("ls", zoo, "--at", "v1")["adapters"]] == NAMES
 
 
-def test_forgetting_by_date(zoo: str) -> None:
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nine hours ahead of UTC."""
+    monkeypatch.setenv("TZ", "JST-9")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_forgetting_by_date(in_tokyo: None, zoo: str) -> None:
     ok("rm", zoo, "sql")
     later = datetime.now(UTC) + timedelta(hours=1)
     for text, count in (

@@ -304,9 +304,23 @@ def open_to_the_group() -> Iterator[None]:
     os.umask(mask)
 
 
-@pytest.mark.parametrize("form", ["peft", "mlx", "kohya", "peft_file"])
+class Private(PeftFormat):
+    """Writes by safetensors' own `save_file`, which makes files that only their owner can read."""
+
+    format: ClassVar[str] = "private"
+
+    def write(self, adapter: Adapter, directory: Path) -> None:
+        """Write twice."""
+        super().write(replace(adapter, format="other"), directory)
+        file = directory / "adapter_model.safetensors"
+        tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+        save_file(tensors, file)
+        assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx", "kohya", "peft_file", Private()])
 def test_files_have_the_rights_of_new_files(
-    store: AdapterStore, tmp_path: Path, open_to_the_group: None, form: str
+    store: AdapterStore, tmp_path: Path, open_to_the_group: None, form: str | PeftFormat
 ) -> None:
     export_adapter(store, "sql", tmp_path / "out", format=form)
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o664}
