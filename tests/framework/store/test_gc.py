@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zarr
+from safetensors.torch import save_file
 
 from assorted import KINDS, assorted, contents
 from unmerge.errors import (
@@ -464,3 +465,33 @@ def test_on_s3_a_race_is_run_again(s3_address: str) -> None:
     assert contents(again) == {"a2": tagged["a2"], "a3": contents(other)["a3"]}
     assert contents(again.checkout("v1")) == tagged
     assert again.verify().dead == NOTHING
+
+
+def test_linked_adapters(store: AdapterStore, tmp_path: Path) -> None:
+    """Their factors lie in files of their own: nothing of them is rewritten."""
+    for seed, name in enumerate(("linked", "gone", "copied", "removed")):
+        adapter = assorted(name, seed=seed, head=True)
+        file = tmp_path / f"{name}.safetensors"
+        save_file(
+            {f"{p}.{x}": getattr(f, x) for p, f in adapter.modules.items() for x in "AB"}, file
+        )
+        store.add(adapter, link=[file] if name in ("linked", "gone") else None)
+    store.commit("four")
+    store.tag("v1")
+    tagged = contents(store)
+    for name in ("gone", "removed"):
+        store.remove(name)
+    store.commit("two")
+    (tmp_path / "gone.safetensors").rename(tmp_path / "kept.safetensors")
+    assert store.verify().ok
+    report = store.gc(forget_before=now())
+    assert report.dropped.rows == 2 * len(KINDS)  # of the copied one: a reference takes no space
+    assert contents(store) == {name: tagged[name] for name in ("copied", "linked")}
+    assert store.verify().ok
+    store.remove("linked")
+    store.commit("one")
+    store.gc(forget_before=now())
+    assert not [path for path in view(store).index.tables if "linked" in path]
+    assert contents(store) == {"copied": tagged["copied"]}
+    (tmp_path / "kept.safetensors").rename(tmp_path / "gone.safetensors")
+    assert contents(store.checkout("v1")) == tagged
