@@ -81,6 +81,7 @@ def collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, name in enumerate(("sql", "math", "chat", "code", "law")):
         write_peft_directory(make_adapter(name, seed=seed), Path("adapters") / name)
     write_peft_directory(make_adapter("sql", seed=9), Path("retrained/sql"))
+    write_peft_directory(make_adapter("poet", seed=8), Path("models/poet"))
     Path("downloads").mkdir()
     Path("runs/old").mkdir(parents=True)
     WRITERS["peft_file"](Path("downloads"), 1, torch.float16)

@@ -213,6 +213,26 @@ def test_repeating_an_import_changes_nothing(zoo: str, adapters: Path) -> None:
     assert data("log", zoo) == before
 
 
+def test_a_linked_adapter_comes_back_until_its_file_changes(zoo: str) -> None:
+    before = sum(len(content) for content in tree(Path(zoo) / "chunks").values())
+    big = {"layers.9.up": (3000, 500)}
+    file = write_peft_directory(make_adapter("big", seed=5, modules=big), Path("big"))
+    file /= "adapter_model.safetensors"
+    ok("add", zoo, "big", "--link")
+    grown = sum(len(content) for content in tree(Path(zoo) / "chunks").values()) - before
+    assert grown < file.stat().st_size / 10
+    assert f"linked to   {file.resolve()}" in ok("show", zoo, "big")
+    assert ok("add", zoo, "big", "--link", "--replace").startswith("unchanged: big")
+    ok("export-adapter", zoo, "big", "out")
+    assert contents(Path("out")) == contents(Path("big"))
+    assert data("verify", zoo)["adapters"] == 4
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+    for command in (["export-adapter", zoo, "big", "out2"], ["verify", zoo]):
+        assert str(file.resolve()) in refused(*command)
+    assert not Path("out2").exists()
+    ok("export-adapter", zoo, "sql", "out2")
+
+
 def test_duplicates_need_to_be_allowed(zoo: str, adapters: Path) -> None:
     assert "--allow-duplicates" in refused("add", zoo, "adapters/sql", "--name", "again")
     ok("add", zoo, "adapters/sql", "--name", "again", "--allow-duplicates")
