@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 
 from adapter_files import WRITERS, contents, source
 from adapters import make_adapter, write_peft_directory
-from unmerge import Adapter, AdapterFormat, AdapterStore, get_plugin_manager, hookimpl
+from checkpoints import delta, distance, gaussian, save_model
+from unmerge import (
+    Adapter,
+    AdapterFormat,
+    AdapterStore,
+    get_plugin_manager,
+    hookimpl,
+    read_adapter,
+)
 from unmerge.cli import cli
 from unmerge.cli.options import format_of
 from unmerge.formats import CheckpointFormat, Formats, default_formats
@@ -149,6 +157,31 @@ def test_one_adapter_through_every_format_and_back(tmp_path: Path) -> None:
         assert torch.equal(last[moved], tensor)
     config = json.loads((place / "adapter_config.json").read_text())
     assert (config["lora_alpha"], config["r"]) == (8, 4)
+
+
+def test_a_full_checkpoint_becomes_an_adapter_that_peft_reads(tmp_path: Path) -> None:
+    base = {"model.up.weight": gaussian(6, 5), "model.norm.weight": torch.ones(5)}
+    change = gaussian(6, 2, seed=1) @ gaussian(2, 5, seed=2)
+    tuned = {**base, "model.up.weight": base["model.up.weight"] + change}
+    tuned["model.norm.weight"] = torch.full((5,), 1.5)
+    save_model(tmp_path / "base", base)
+    save_model(tmp_path / "poet", tuned)
+    zoo = tmp_path / "zoo"
+    ok("init", zoo)
+    untold = run("add", zoo, tmp_path / "poet")
+    assert untold.exit_code == 2
+    assert "--format checkpoint --set base=" in untold.stderr
+    told = ("--format", "checkpoint", "--set", f"base={tmp_path / 'base'}", "--set", "rank=2")
+    ok("add", zoo, tmp_path / "poet", *told)
+    refused = run("export-adapter", zoo, "poet", tmp_path / "out")
+    assert refused.exit_code == 1
+    assert "choose one of diffusers, kohya, mlx, peft, peft_file" in refused.stderr
+    ok("export-adapter", zoo, "poet", tmp_path / "out", "--format", "peft")
+    back = read_adapter(tmp_path / "out")
+    assert distance(delta(back.modules["model.up"]), change) < 1e-5
+    [(key, kept)] = back.verbatim.items()
+    assert key == "base_model.model.model.norm.weight"
+    assert torch.equal(kept, tuned["model.norm.weight"])
 
 
 def test_restoring_says_what_peft_has_no_place_for(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ class CheckpointFormat(AdapterFormat):
         if self.base is None or missing:
             raise ConfigError(
                 f"{path}: reading a full checkpoint as an adapter needs {' and '.join(missing)}; "
-                'give CheckpointFormat(base="path/to/base", rank=16) as the format'
+                'give CheckpointFormat(base="path/to/base", rank=16) as the format (on the command '
+                "line --format checkpoint --set base=path/to/base --set rank=16)"
             )
         return self.base, keep
