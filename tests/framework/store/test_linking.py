@@ -181,6 +181,18 @@ def test_equal_factors_share_their_bytes(
     assert kit.content(store.read_adapter("a")) == kit.content(Adapter("a", modules))
 
 
+def test_equal_checksums_are_not_enough(
+    store: AdapterStore, tmp_path: Path, kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linking, "crc32", lambda bits: 0)
+    file = saved(tmp_path, "a", 1)
+    adapter = read_adapter(file.parent)
+    store.add(adapter, link=[saved(tmp_path, "b", 2), file])
+    store.commit("link")
+    assert list(store.info("a").files) == [str(file)]
+    assert kit.content(store.read_adapter("a")) == kit.content(adapter)
+
+
 @pytest.mark.parametrize("name", ["a b", "50%20", "a#b?c", "naïve ✓", "[x]~&+;=", "a..b"])
 def test_names_of_files_and_directories_of_all_kinds(
     store: AdapterStore, tmp_path: Path, kit: SimpleNamespace, name: str
