@@ -145,11 +145,13 @@ def _modules(
     """
     paths = sorted({path for pair in touched.values() for r in pair for path in r.modules.path})
     for done, path in enumerate(paths, start=1):
+        # Rows and checksums of one number are no proof: all that is there is read.
         stored = {
             name: (first.modules.get(path), second.modules.get(path))
             for name, (first, second) in touched.items()
+            if path in first.modules or path in second.modules
         }
-        for names in _batches({name: pair for name, pair in stored.items() if pair[0] != pair[1]}):
+        for names in _batches(stored):
             old, new = (
                 _read(view, path, [name for name in names if stored[name][side] is not None])
                 for side, view in enumerate((before, after))

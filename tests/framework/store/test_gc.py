@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import zarr
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from assorted import KINDS, assorted, contents
@@ -146,9 +147,11 @@ def test_versions_stay_where_nothing_is_forgotten(mixed: AdapterStore) -> None:
 
 
 def test_nothing_is_rewritten_where_nothing_is_dead(mixed: AdapterStore) -> None:
-    tip = mixed.version
-    report = mixed.gc(forget_before=now())
+    tip, moment = mixed.version, now()
+    foreseen = mixed.gc(forget_before=moment, dry_run=True)
+    report = mixed.gc(forget_before=moment)
     assert (report.compacted, report.dropped, mixed.version) == (None, NOTHING, tip)
+    assert report.forgotten == foreseen.forgotten
     assert len(report.forgotten) == 3  # created, and two of three imports
     before = files(mixed)
     again = mixed.gc(forget_before=now())
@@ -429,6 +432,19 @@ def test_writers_wait_and_lose_nothing(mixed: AdapterStore) -> None:
     assert other.history()[1].id == report.compacted
     assert set(other.names()) == {*mixed.names(), "new"} - {"a2"}
     assert other.verify().ok
+
+
+def test_no_writer_comes_in_between(mixed: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this machine: what is compacted is what is collected, and sizes are those of a whole."""
+    expire = StoreRepository.expire
+
+    def locked(self: StoreRepository, older_than: datetime) -> list[str]:
+        with pytest.raises(Timeout):
+            FileLock(Path(mixed.address) / "unmerge.lock", timeout=0).acquire()
+        return expire(self, older_than)
+
+    monkeypatch.setattr(StoreRepository, "expire", locked)
+    assert mixed.gc(forget_before=now()).forgotten
 
 
 def test_on_s3_a_race_is_run_again(s3_address: str) -> None:
