@@ -463,7 +463,8 @@ class AdapterStore:
         removed or replaced adapters, old notes), a version without that is written before that,
         with the same adapters; but not where the newest is to be kept itself, by a tag or its
         age, and less than half of it is such, since that would take space instead of giving it
-        back. The store then reads the newest version.
+        back. The store then reads the newest version. Whoever has a forgotten version open cannot
+        read on; what is being committed meanwhile is not lost.
 
         Args:
             forget_before: Forget older versions; with a time zone. By default none.
