@@ -437,10 +437,11 @@ class AdapterStore:
     def verify(self, *, progress: Callable[[int, int], None] | None = None) -> StoreReport:
         """Read the version being read from the disk, all of it, and check every bit it consists of.
 
-        That is its index, every record, every chunk of every table, all verbatim tensors, and
-        every adapter's digest, taken again in one pass. Memory holds a few chunks. Damage ends up
-        in the report, and checking goes on behind it. Bits that change nothing of what is read
-        (the text of a commit, say) cannot be told from others.
+        That is its index, every record, every chunk of every table, the files of linked adapters,
+        all verbatim tensors, and every adapter's digest, taken again in one pass. Memory holds a
+        few chunks besides the records. Damage ends up in the report, and checking goes on behind
+        it. Bits that change nothing of what is read (the text of a commit, say) cannot be told
+        from others.
 
         Args:
             progress: Called with (chunks and adapters checked, of how many).
