@@ -278,11 +278,11 @@ class AdapterStore:
             for adapter in changes.added.values():
                 check_unaltered(adapter)
             view = self._view if tip == self.version else StoreView(self._repository, tip)
-            if view is not self._view:
-                for name in changes.removed:
-                    view.record(name)
-                for adapter in changes.added.values():
-                    self._check_against(adapter, view)
+            # Also against the version being read: `gc` may have moved to it since the staging.
+            for name in changes.removed:
+                view.record(name)
+            for adapter in changes.added.values():
+                self._check_against(adapter, view)
             noted = [
                 view.record(name).model_copy(
                     update={"note": annotation.note, "metadata": dict(annotation.metadata)}

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from assorted import KINDS, assorted, contents
 from unmerge.errors import (
+    AdapterExistsError,
     AdapterNotInStoreError,
     ConfigError,
     IncompatibleAdaptersError,
@@ -378,6 +379,21 @@ def test_what_is_staged_stays_staged(mixed: AdapterStore) -> None:
     assert contents(again)["new"] == contents(mixed)["new"]
     assert again.info("a1").note == "n"
     assert again.verify().ok
+
+
+def test_what_is_staged_is_checked_against_the_version_that_gc_moves_to(
+    store: AdapterStore,
+) -> None:
+    stale = AdapterStore.open(store.address)
+    mine = assorted("a0", seed=1)
+    stale.add(mine)
+    store.add(assorted("a0", seed=2))
+    version = store.commit("theirs")
+    stale.gc(forget_before=now() - timedelta(days=1))
+    with pytest.raises(AdapterExistsError, match="a0"):
+        stale.commit("mine")
+    assert AdapterStore.open(store.address).version == version
+    assert stale.staged == ("a0",)
 
 
 def test_a_store_that_reads_an_old_version(mixed: AdapterStore) -> None:
