@@ -7,7 +7,7 @@ the old.
 
 Whoever writes a store decides what it refers to, so a store from a stranger may refer to any file
 of the machine that it is read on. Icechunk follows no reference by itself. Access is given only
-while a linked adapter is read, and only to the directories of the files that its record names,
+once a linked adapter is read, and only to the directories of the files that its record names,
 after each of these was found to be a regular file of the recorded size that was not written to
 since. What is read must have the recorded CRC-32. So a reference can give nobody a number that the
 writer of the store did not know, and `AdapterInfo.files` shows beforehand what would be read.

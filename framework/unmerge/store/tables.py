@@ -78,10 +78,8 @@ class Table:
     def chunks(self) -> Iterator[range]:
         """Give the numbers of all rows, those that share a chunk at a time.
 
-        Of a linked table, whose dead rows may lie in files that are gone, only those in use.
+        In a linked table each row is a chunk; as many of them as would share one elsewhere.
         """
-        if self.linked:
-            return (range(row, row + 1) for row in sorted(self.owners) if row < self.rows)
         return chunks_of_rows(self.segments, self.shape, self.dtype)
 
 

@@ -153,18 +153,19 @@ def _verify(
         if progress is not None:
             progress(next(steps), total)
     linked_root = repository.read_linked(view.version, sound) if sound else root
-    # Of a file that is another, no chunk has more to tell.
-    lost = {name for name in records if records[name].files and name in findings.harmed}
-    readable = [
-        (linked_root if table.linked else root, table, rows)
-        for table, rows in chunks
-        if not (table.linked and table.owners[rows.start] in lost)
-    ]
-    steps = itertools.count(len(files) + len(chunks) - len(readable) + 1)
+    unreadable = {name for name in records if records[name].files and name in findings.harmed}
+
+    def read(table: Table, rows: range) -> list[_Block]:
+        if not table.linked:
+            return _rows(root, table, rows)
+        # Of a file that is another no reference has more to tell, and nobody's may lead nowhere.
+        owned = [row for row in rows if row in table.owners]
+        return _rows(linked_root, table, [r for r in owned if table.owners[r] not in unreadable])
+
     digests = {name: AdapterDigest() for name in records}
     module = None
     # Module by module, so that each chunk is read once, for all adapters that have a row in it.
-    for table, rows, reading in _ahead(readable):
+    for table, rows, reading in _ahead(read, chunks):
         if table.module != module:
             module = table.module
             for name, record in records.items():
@@ -277,20 +278,19 @@ def _check_adapter(
         findings.add(message, (name,))
 
 
+def _rows(root: zarr.Group, table: Table, rows: Sequence[int]) -> list[_Block]:
+    return list(read_rows(root, table.path, table.segments, table.shape, table.dtype, rows))
+
+
 def _ahead(
-    chunks: Iterable[tuple[zarr.Group, Table, range]],
+    read: Callable[[Table, range], list[_Block]], chunks: Iterable[tuple[Table, range]]
 ) -> Iterator[tuple[Table, range, Future[list[_Block]]]]:
     """Give the rows of every chunk, in order; the next few are read meanwhile."""
-
-    def read(root: zarr.Group, table: Table, rows: range) -> list[_Block]:
-        found = read_rows(root, table.path, table.segments, table.shape, table.dtype, rows)
-        return list(found)
-
     waiting: deque[tuple[Table, range, Future[list[_Block]]]] = deque()
     with ThreadPoolExecutor(_AHEAD) as pool:
         try:
-            for root, table, rows in chunks:
-                waiting.append((table, rows, pool.submit(read, root, table, rows)))
+            for table, rows in chunks:
+                waiting.append((table, rows, pool.submit(read, table, rows)))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft()
             while waiting:

@@ -71,7 +71,7 @@ class StoreView:
             StoreIndex, data, attributes.get("index_sha256"), where=f"{self._place}: index"
         )
         self._repository = repository
-        self._linked: dict[frozenset[Path], zarr.Group] = {}
+        self._linked: tuple[frozenset[Path], zarr.Group] = frozenset(), self._root
         self._segments: dict[int, list[bytes]] = {}
         self._records: dict[str, StoredAdapter] = {}
 
@@ -283,11 +283,14 @@ class StoreView:
                         f'{where} of "{name}" is linked to {file}, which {problem}; {REPAIR}'
                     )
                 folders.add(Path(file).parent)
-        allowed = frozenset(folders)
-        if allowed not in self._linked:
+        allowed, root = self._linked
+        if not folders <= allowed:
+            # With those before, so that reading one adapter after the other ends up with one root.
+            allowed |= folders
             with backend(f"{self._place}: linked adapters cannot be read"):
-                self._linked[allowed] = self._repository.read_linked(self.version, allowed)
-        return self._linked[allowed]
+                root = self._repository.read_linked(self.version, allowed)
+            self._linked = allowed, root
+        return root
 
 
 @dataclass(frozen=True, slots=True)
