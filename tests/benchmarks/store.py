@@ -162,7 +162,7 @@ def import_all(zoo: Path, size: Size) -> dict[str, float]:
     def work() -> None:
         nonlocal making, total
         for number in range(size.count):
-            seconds, one = timed(lambda number=number: adapter(number, size.layers))
+            seconds, one = timed(functools.partial(adapter, number, size.layers))
             making += seconds
             total += nbytes(one)
             store.add(one)
@@ -240,7 +240,7 @@ def importing(zoo: Path, loose: Path, size: Size) -> Iterator[Fact]:
     loose.mkdir()
     for number in range(size.count):
         one, path = tensors(adapter(number, size.layers)), loose / f"{number:04d}.safetensors"
-        theirs += timed(lambda one=one, path=path: save_file(one, path))[0]
+        theirs += timed(functools.partial(save_file, one, path))[0]
     yield Fact(
         what,
         rate(total, seconds),
@@ -268,7 +268,8 @@ def reading(zoo: Path, loose: Path | None, what: str) -> Iterator[Fact]:
             ("a safetensors file each", functools.partial(each, keep_open=False), 1.0),
             ("the same, all kept open, no checks", functools.partial(each, keep_open=True), None),
         ]
-    tasks = {"ours": functools.partial(read_layers, zoo), **{name: task for name, task, _ in peers}}
+    tasks: dict[str, Callable[[], int]] = {"ours": functools.partial(read_layers, zoo)}
+    tasks |= {name: task for name, task, _ in peers}
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(REPEATS):  # in turns, so that a disk that slows down does so for all
         for name, task in tasks.items():

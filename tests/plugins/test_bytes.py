@@ -65,7 +65,7 @@ def elsewhere(
     """The bundles of all recipes, made in a process of its own with another hash seed."""
     out = tmp_path_factory.mktemp("elsewhere")
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", MERGE, str(stores[0].path), str(out)],
+        [sys.executable, "-W", "error", "-c", MERGE, stores[0].address, str(out)],
         input=json.dumps(RECIPES),
         env={**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2"},
         capture_output=True,
