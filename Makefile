@@ -11,7 +11,7 @@ help:
 	@echo "make demo   import, merge, restore and measure real adapters"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  the benchmarks, as one table, kept in docs/benchmarks.md"
+	@echo "make bench  the benchmarks, as tables, kept in docs/benchmarks.md"
 	@echo "make docs   check that the documentation's examples run"
 
 $(BIN)/python:
