@@ -18,9 +18,9 @@ from unmerge.store.compact import GcReport, gc
 from unmerge.store.diff import StoreDiff, diff
 from unmerge.store.failures import backend
 from unmerge.store.linking import check_unaltered, find_links
-from unmerge.store.records import AdapterInfo, StoreIndex, Version
+from unmerge.store.records import AdapterInfo, StoredAdapter, StoreIndex, Version
 from unmerge.store.repository import StoreRepository
-from unmerge.store.staging import Changes, Spool, StagedAdapter
+from unmerge.store.staging import Annotation, Changes, Spool, StagedAdapter
 from unmerge.store.verify import StoreReport, verify
 from unmerge.store.view import StoreView
 from unmerge.store.writing import write_changes, write_index
@@ -234,11 +234,13 @@ class AdapterStore:
         self._check_writable()
         check_free(name, self._changes, holder="the staged set")
         record = self._view.record(name)
-        self._changes.noted[name] = check_annotation(
+        before = Annotation(record.note, record.metadata)
+        after = check_annotation(
             name,
-            record.note if note is None else note,
-            record.metadata if metadata is None else metadata,
+            before.note if note is None else note,
+            before.metadata if metadata is None else metadata,
         )
+        self._changes.noted[name] = (before, after)
 
     def discard(self) -> None:
         """Forget what is staged."""
@@ -266,7 +268,8 @@ class AdapterStore:
             AdapterNotInStoreError: Somebody else removed an adapter meanwhile.
             DuplicateAdapterError: Somebody else committed the same tensors meanwhile.
             IncompatibleAdaptersError: Likewise with other shapes or another base model.
-            StoreError: Nothing is staged, the store is read-only, or writing failed.
+            StoreError: Nothing is staged, the store is read-only, or writing failed; or somebody
+                else changed the same note or metadata meanwhile.
         """
         self._check_writable()
         changes = self._changes
@@ -284,10 +287,8 @@ class AdapterStore:
             for adapter in changes.added.values():
                 self._check_against(adapter, view)
             noted = [
-                view.record(name).model_copy(
-                    update={"note": annotation.note, "metadata": dict(annotation.metadata)}
-                )
-                for name, annotation in sorted(changes.noted.items())
+                _annotated(view.record(name), before, after, holder=f"store {self.address}")
+                for name, (before, after) in sorted(changes.noted.items())
             ]
             write_changes(
                 root, view.index, changes, noted, self._spool, time=time, progress=progress
@@ -516,6 +517,28 @@ class AdapterStore:
             twins=[twin for twin in view.twins.get(adapter.digest, ()) if twin not in going],
             holder=holder,
         )
+
+
+def _annotated(
+    record: StoredAdapter, before: Annotation, after: Annotation, *, holder: str
+) -> StoredAdapter:
+    """Return a record with what was staged for it, and with what others changed meanwhile.
+
+    Raises:
+        StoreError: That is the same.
+    """
+    changed = {}
+    for what in ("note", "metadata"):
+        found, old, new = (getattr(noted, what) for noted in (record, before, after))
+        if new in (old, found):
+            continue
+        if found != old:
+            raise StoreError(
+                f'{holder}: somebody else changed the {what} of adapter "{record.name}" '
+                "meanwhile; look at it, and change it again"
+            )
+        changed[what] = new
+    return record.model_copy(update=changed)
 
 
 def _scratch(repository: StoreRepository) -> Path | None:

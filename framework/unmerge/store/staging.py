@@ -141,7 +141,8 @@ class Changes:
     Attributes:
         added: Adapters by name.
         removed: Names of adapters that go.
-        noted: What adapters get as note and metadata, by name.
+        noted: What adapters had as note and metadata when that was staged, and what they get, by
+            name.
         layers: What the added adapters' modules are, by path.
         base: Base model and revision that the added adapters name, so far as they do.
     """
@@ -149,7 +150,7 @@ class Changes:
     def __init__(self) -> None:
         self.added: dict[str, StagedAdapter] = {}
         self.removed: set[str] = set()
-        self.noted: dict[str, Annotation] = {}
+        self.noted: dict[str, tuple[Annotation, Annotation]] = {}
         self.layers: dict[str, Layer] = {}
         self._digests: dict[str, str] = {}
         self.base: tuple[str | None, str | None] = (None, None)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from filelock import Timeout
@@ -141,6 +142,33 @@ def test_a_name_taken_meanwhile_is_found_at_commit(
     other.add(kit.make("b"))
     other.commit("b")
     assert other.names() == ("a", "b")
+
+
+def test_what_others_noted_meanwhile_stays(filled: AdapterStore) -> None:
+    other = AdapterStore.open(filled.address)
+    other.annotate("sql", note="mine")
+    filled.annotate("sql", metadata={"team": "theirs"})
+    filled.commit("metadata")
+    other.commit("note")
+    assert (other.info("sql").note, other.info("sql").metadata) == ("mine", {"team": "theirs"})
+
+
+@pytest.mark.parametrize("change", [{"note": "x"}, {"metadata": {"team": "x"}}])
+def test_a_note_changed_by_others_meanwhile_is_not_overwritten(
+    filled: AdapterStore, change: dict[str, Any]
+) -> None:
+    other = AdapterStore.open(filled.address)
+    same = AdapterStore.open(filled.address)
+    other.annotate("sql", note="mine", metadata={"owner": "mine"})
+    same.annotate("sql", **change)
+    filled.annotate("sql", **change)
+    version = filled.commit("theirs")
+    with pytest.raises(StoreError, match=f'changed the {next(iter(change))} of adapter "sql"'):
+        other.commit("mine")
+    assert other.staged == ("sql",)
+    assert AdapterStore.open(filled.address).version == version
+    same.commit("the same")
+    assert same.info("sql") == filled.info("sql")
 
 
 @pytest.mark.parametrize("change", [{"d_in": 7}, {"d_out": 7}, {"base_model": "org/other"}])
