@@ -9,8 +9,9 @@ Whoever writes a store decides what it refers to, so a store from a stranger may
 of the machine that it is read on. Icechunk follows no reference by itself. Access is given only
 once a linked adapter is read, and only to the directories of the files that its record names,
 after each of these was found to be a regular file of the recorded size that was not written to
-since. What is read must have the recorded CRC-32. So a reference can give nobody a number that the
-writer of the store did not know, and `AdapterInfo.files` shows beforehand what would be read.
+since. What is read must have the recorded CRC-32, and a whole adapter its digest: the writer of the
+store had to know the bytes, or to guess them. `AdapterInfo.files` shows beforehand what would be
+read.
 """
 
 from __future__ import annotations
