@@ -6,10 +6,11 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import numpy as np
 import zarr
 
 from unmerge.errors import StoreError
-from unmerge.store.failures import backend
+from unmerge.store.failures import backend, is_failure
 from unmerge.store.layout import (
     FACTORS,
     INDEX,
@@ -190,9 +191,22 @@ def _write_verbatim(root: zarr.Group, adapter: StagedAdapter, spool: Spool | Non
         return ""
     digest = sha256(data)
     path = verbatim_path(digest)
-    if path not in root:  # adapters often share a head, and removed ones leave theirs
+    # Adapters often share a head, and removed ones leave theirs.
+    if not _holds(root, path, data):
         write_bytes(root, path, data, text=False)
     return digest
+
+
+def _holds(root: zarr.Group, path: str, data: bytes) -> bool:
+    """Return whether just these bytes are at `path`: to rely on damaged ones would lose data."""
+    if path not in root:
+        return False
+    try:
+        return np.array_equal(read_bytes(root, path), np.frombuffer(data, dtype=np.uint8))
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        return False
 
 
 def _record(

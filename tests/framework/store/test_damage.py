@@ -174,6 +174,19 @@ def test_a_changed_verbatim_tensor_is_noticed(big: AdapterStore) -> None:
         AdapterStore.open(big.address).read_verbatim("a00")
 
 
+def test_what_is_damaged_is_not_shared(big: AdapterStore, kit: SimpleNamespace) -> None:
+    with tampering(big) as root:
+        [(_, array)] = root["verbatim"].arrays()
+        array[5] = 7
+    store = AdapterStore.open(big.address)
+    new = kit.make("new", paths=(PATH,), d_in=32, d_out=24, verbatim={"head": HEAD})
+    store.add(new)
+    store.commit("")
+    again = AdapterStore.open(big.address)
+    assert kit.content(again.read_adapter("new")) == kit.content(new)
+    assert kit.content(again.read_adapter("a00")) == kit.content(original(kit, "a00"))
+
+
 def test_a_changed_record_is_noticed(filled: AdapterStore) -> None:
     with tampering(filled) as root:
         text = root["records/0"][:].tobytes()
