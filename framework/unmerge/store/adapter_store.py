@@ -175,7 +175,8 @@ class AdapterStore:
             NonFiniteError: A tensor or a scaling holds NaN or infinity.
             IncompatibleAdaptersError: A module's `(d_out, d_in)` or kind, or the base model,
                 differs from what the store or the staged set has.
-            StoreError: The store is read-only, or on S3, where nothing can be linked.
+            StoreError: The store is read-only, or on S3, where nothing can be linked; or the
+                temporary file cannot be written.
         """
         self._check_writable()
         if link is not None and _is_remote(self._repository):

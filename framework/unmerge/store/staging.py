@@ -17,6 +17,7 @@ import torch
 from unmerge.adapter import Adapter
 from unmerge.arrays import dtype_name
 from unmerge.errors import StoreError
+from unmerge.store.failures import backend
 from unmerge.store.layout import Bits, Factor, crc32, storage_dtype, to_stored
 from unmerge.store.records import Layer, LinkedFile
 
@@ -204,7 +205,11 @@ class Spool:
         duplicate: bool,
         links: Links | None = None,
     ) -> StagedAdapter:
-        """Write a checked adapter's tensors, but not those that `links` knows; return the rest."""
+        """Write a checked adapter's tensors, but not those that `links` knows; return the rest.
+
+        Raises:
+            StoreError: They cannot be written.
+        """
 
         def staged(path: str, factor: Factor, tensor: torch.Tensor) -> StagedTensor:
             if links is None:
@@ -260,7 +265,7 @@ class Spool:
 
     def _put(self, tensor: torch.Tensor) -> StagedTensor:
         bits = to_stored(tensor)
-        with self._lock:
+        with self._lock, backend("the temporary file of staged tensors cannot be written"):
             start = self._file.seek(self._end)
             self._file.write(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
             self._end = self._file.tell()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +196,24 @@ def test_the_first_named_base_model_is_adopted(store: AdapterStore, kit: SimpleN
     assert (store.base_model, store.revision) == ("org/base", "abc")
     assert AdapterStore.open(store.address).base_model == "org/base"
     assert store.info("z").base_model is None
+
+
+def test_a_full_disk_while_staging(
+    filled: AdapterStore, kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    filled.add(kit.make("before"))
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.SpooledTemporaryFile.write", full)
+        with pytest.raises(StoreError, match=r"temporary file .* cannot be written: No space left"):
+            filled.add(kit.make("new"))
+    assert filled.staged == ("before",)
+    filled.add(kit.make("new"))
+    filled.commit("room again")
+    for name in ("before", "new"):
+        assert kit.content(filled.read_adapter(name)) == kit.content(kit.make(name))
 
 
 def test_a_failure_while_writing_leaves_the_last_commit(
