@@ -58,7 +58,7 @@ class AdapterStore:
             address: Directory to create, with its parents; an empty one may exist. Or a place on
                 S3, `s3://bucket/prefix`.
             base_model: Id of the base model; by default that of the first adapter that names one.
-            revision: Revision of the base model.
+            revision: Revision of the base model; likewise.
 
         Raises:
             StoreExistsError: Something is there already.

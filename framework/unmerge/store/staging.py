@@ -145,7 +145,7 @@ class Changes:
         noted: What adapters had as note and metadata when that was staged, and what they get, by
             name.
         layers: What the added adapters' modules are, by path.
-        base: Base model and revision that the added adapters name, so far as they do.
+        base: Base model that the added adapters name, and its revision, so far as they do.
     """
 
     def __init__(self) -> None:
@@ -173,8 +173,8 @@ class Changes:
         self.added[adapter.name] = adapter
         self.layers.update(adapter.layers)
         self._digests.setdefault(adapter.digest, adapter.name)
-        model, revision = self.base
-        self.base = (model or adapter.base_model, revision or adapter.revision)
+        if adapter.base_model:  # without it a revision is one of nothing
+            self.base = (adapter.base_model, self.base[1] or adapter.revision)
 
 
 class Spool:

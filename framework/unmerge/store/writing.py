@@ -164,10 +164,9 @@ def _bits(spool: Spool | None, tensor: StagedTensor) -> Bits:
 
 
 def _base(index: StoreIndex, changes: Changes) -> tuple[str | None, str | None]:
-    """Return base model and revision: a store made without one is for that of its adapters."""
-    if index.base_model or not changes.base[0]:
-        return index.base_model, index.revision
-    return changes.base
+    """Return base model and revision: what the store was made without is that of its adapters."""
+    model, revision = changes.base
+    return index.base_model or model, index.revision or revision
 
 
 def _batches(

@@ -198,6 +198,23 @@ def test_the_first_named_base_model_is_adopted(store: AdapterStore, kit: SimpleN
     assert store.info("z").base_model is None
 
 
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_the_first_named_revision_is_adopted(
+    tmp_path: Path, kit: SimpleNamespace, one_by_one: bool
+) -> None:
+    store = AdapterStore.create(tmp_path / "zoo", base_model="org/base")
+    for name, base, revision in (("x", None, "9"), ("y", "org/base", None), ("z", "org/base", "1")):
+        store.add(kit.make(name, base_model=base, revision=revision))
+        if one_by_one:
+            store.commit(name)
+    other = kit.make("other", base_model="org/base", revision="2")
+    with pytest.raises(IncompatibleAdaptersError, match=r'revision "2".*"1"'):
+        store.add(other)
+    if not one_by_one:
+        store.commit("all")
+    assert store.revision == "1"
+
+
 def test_a_full_disk_while_staging(
     filled: AdapterStore, kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
