@@ -96,7 +96,7 @@ class Alpha(BaseModel):
 
 
 def _plain_name(name: str) -> str:
-    if PurePath(name).name != name or not name.lower().endswith(SUFFIX) or not name.isprintable():
+    if PurePath(name).name != name or not name.lower().endswith(SUFFIX) or "\0" in name:
         raise ValueError(f"expected the name of a {SUFFIX} file")
     return name
 

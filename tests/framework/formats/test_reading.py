@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from adapters import make_adapter, random_collection, write_peft_directory
 from unmerge.adapter import Adapter
 from unmerge.errors import AdapterError, PluginError, UnknownFormatError, UnsupportedAdapterError
-from unmerge.formats import AdapterFormat, Formats, PeftFormat, default_formats, read_adapter
+from unmerge.formats import (
+    AdapterFormat,
+    DiffusersFormat,
+    Formats,
+    KohyaFormat,
+    PeftFileFormat,
+    PeftFormat,
+    default_formats,
+    read_adapter,
+)
 from unmerge.hookspecs import hookimpl
 from unmerge.plugins import get_plugin_manager
 
@@ -127,3 +138,26 @@ def test_a_path_no_file_system_takes() -> None:
 def test_a_damaged_adapter_is_recognised(directory: Path) -> None:
     (directory / "adapter_model.safetensors").unlink()
     assert "the weights are missing" in message(directory)
+
+
+@pytest.mark.parametrize("called", ["style\u00a02.safetensors", "a\u00ad\u200bb.safetensors"])
+@pytest.mark.parametrize(
+    ("form", "ends"),
+    [
+        (KohyaFormat(), ("lora_down", "lora_up")),
+        (DiffusersFormat(), ("lora.down", "lora.up")),
+        (PeftFileFormat(alpha=4), ("lora_A", "lora_B")),
+    ],
+)
+def test_a_file_may_be_called_anything(
+    tmp_path: Path, called: str, form: AdapterFormat, ends: tuple[str, str]
+) -> None:
+    tensors = {
+        f"unet.a.{end}.weight": torch.ones(shape)
+        for end, shape in zip(ends, ((4, 8), (6, 4)), strict=True)
+    }
+    save_file(tensors, tmp_path / called)
+    adapter = form.read(tmp_path / called, "style")
+    (tmp_path / "out").mkdir()
+    form.write(adapter, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [called]
