@@ -162,8 +162,14 @@ def converted_config(adapter: Adapter, changes: Mapping[str, Any]) -> bytes:
         changes: Fields that the configuration has besides or instead.
 
     Raises:
-        UnsupportedAdapterError: There is none.
+        UnsupportedAdapterError: There is none, or there are no factors.
     """
+    if not adapter.modules:
+        raise UnsupportedAdapterError(
+            f'adapter "{adapter.name}" (format {adapter.format}) cannot be written for PEFT: it '
+            "has no module, and PEFT loads none without factors; choose another format",
+            feature="modules",
+        )
     different = None
     for document in _candidates(adapter, changes):
         text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=2, sort_keys=True)

@@ -441,3 +441,11 @@ def test_any_alphas_and_ranks(
         ranks={path: rank for path, (rank, _) in drawn.items()},
     )
     same_after_reading(adapter, write(adapter, tmp_path_factory.mktemp("drawn") / "out"))
+
+
+def test_an_adapter_without_modules(tmp_path: Path) -> None:
+    adapter = foreign({}, 1.0, verbatim={"norm.weight": torch.ones(3)})
+    with pytest.raises(UnsupportedAdapterError, match="it has no module") as caught:
+        write(adapter, tmp_path / "out")
+    assert caught.value.feature == "modules"
+    assert not list((tmp_path / "out").iterdir())
