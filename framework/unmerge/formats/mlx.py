@@ -36,6 +36,7 @@ from unmerge.formats.files import (
     read_header,
 )
 from unmerge.formats.mlx_config import MlxSettings, parse_config
+from unmerge.formats.single_file import check_scaling, is_file
 from unmerge_bundle.jsontext import canonical_bytes
 from unmerge_bundle.kinds import LINEAR
 
@@ -115,14 +116,14 @@ class MlxFormat(AdapterFormat):
                 a parameter that is not known, or a tensor that is no factor.
             NonFiniteError: A factor holds NaN or an infinity.
         """
-        whole = path.is_dir()
+        whole = not is_file(path)
         directory, weights = (path, path / WEIGHTS_FILE) if whole else (path.parent, path)
         derived = directory if weights.name == WEIGHTS_FILE else weights.with_suffix("")
         chosen = adapter_name(own_name(derived) if name is None else name, path)
-        if not weights.is_file():
+        if not is_file(weights):
             raise _no_weights(path, directory)
         config_file = directory / CONFIG_FILE
-        data = read_bytes(config_file) if config_file.is_file() else None
+        data = read_bytes(config_file) if is_file(config_file) else None
         settings = self._settings(data, config_file)
         tensors = load_safetensors(weights)
         return Adapter(
@@ -149,6 +150,7 @@ class MlxFormat(AdapterFormat):
         modules become `keys`, under their full paths, so that mlx-lm adapts them and no others.
 
         Raises:
+            AdapterError: The configuration is not that of the adapter.
             UnsupportedAdapterError: MLX cannot hold what the adapter has: modules of several
                 ranks or scalings, convolutions, verbatim tensors, flattened module names, or an
                 embedding or linear layer that its name would make the other.
@@ -156,8 +158,9 @@ class MlxFormat(AdapterFormat):
         """
         metadata: Mapping[str, str]
         if adapter.format == self.format:
-            record = parse_json_object(adapter.config.encode(), f'"{adapter.name}" (config)')
-            text, metadata = record["adapter_config"], record["metadata"]
+            text, metadata, scale = _kept(adapter)
+            for path in adapter.modules:
+                check_scaling(adapter, path, scale)
         else:
             text, metadata = _converted_config(adapter), {"format": "mlx"}
         tensors = {}
@@ -187,8 +190,26 @@ class MlxFormat(AdapterFormat):
         return MlxSettings(rank=None, scale=self.scale, base_model=None, revision=None)
 
 
+def _kept(adapter: Adapter) -> tuple[str | None, Mapping[str, str], float]:
+    """Return the configuration, the header's text and the scale of an adapter that was read.
+
+    Nothing is judged anew: what could be read once can be given back.
+    """
+    where = f'configuration of adapter "{adapter.name}" ({adapter.format})'
+    record = parse_json_object(adapter.config.encode(), where)
+    try:
+        text, metadata, scale = (record[key] for key in ("adapter_config", "metadata", "scale"))
+        if scale is None:
+            scale = parse_json_object(text.encode(), where)["lora_parameters"]["scale"]
+        return text, metadata, float(scale)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise AdapterError(
+            f"{where}: is not what reading the adapter gave; read it again"
+        ) from error
+
+
 def _no_weights(path: Path, directory: Path) -> AdapterError:
-    if (directory / _OLD_WEIGHTS_FILE).is_file():
+    if is_file(directory / _OLD_WEIGHTS_FILE):
         return UnsupportedAdapterError(
             f"{directory}: {_OLD_WEIGHTS_FILE} is what mlx-lm wrote before April 2024, which is "
             f"not supported; save its arrays as {WEIGHTS_FILE} with mlx.core.save_safetensors, "

@@ -30,11 +30,11 @@ from unmerge.formats.files import (
 )
 from unmerge.formats.kohya import is_kohya
 from unmerge.formats.peft import PeftFormat, read_peft
-from unmerge.formats.peft_config import LARGEST_ALPHA, LoraSettings, parse_config
+from unmerge.formats.peft_config import LARGEST_ALPHA, LoraSettings, parse_config, parse_settings
 from unmerge.formats.peft_factors import read_factors, read_verbatim, written_tensors
 from unmerge.formats.peft_keys import CONFIG_FILE, FACTOR_NAMES, PREFIX, sort_tensors
 from unmerge.formats.peft_write import SAFETENSORS_FILE
-from unmerge.formats.single_file import SUFFIX, Alpha, FileRecord, header_at, is_file
+from unmerge.formats.single_file import SUFFIX, Alpha, FileRecord, check_scaling, header_at, is_file
 
 __all__ = ["PeftFileFormat"]
 
@@ -188,12 +188,14 @@ class PeftFileFormat(AdapterFormat):
         in the header, where diffusers' `load_lora_adapter(…, prefix=None)` looks for it.
 
         Raises:
+            AdapterError: The configuration is not that of the adapter.
             UnsupportedAdapterError: The adapter cannot be written for PEFT, or its module paths
                 would be taken for parts of a pipeline.
             OSError: The disk refuses.
         """
         if adapter.format == self.format:
             record = _Record.of(adapter)
+            self._check_scalings(adapter, record)
             prefix = PREFIX if record.prefixed else ""
             tensors = dict(adapter.verbatim)
             for path, factors in adapter.modules.items():
@@ -226,6 +228,19 @@ class PeftFileFormat(AdapterFormat):
             return PeftFileFormat()
         record = _Record.of(adapter)
         return PeftFileFormat(alpha=record.alpha, scaling=record.scaling, rslora=record.rslora)
+
+    def _check_scalings(self, adapter: Adapter, record: _Record) -> None:
+        """Refuse an adapter whose scalings are not those of its file and what was told of it."""
+        where = f'configuration of adapter "{adapter.name}" ({adapter.format})'
+        text = record.metadata.get(METADATA_KEY)
+        # Not judged anew: what could be read once can be given back, whatever is refused by now.
+        settings = parse_settings(parse_json_object(text.encode(), where), where) if text else None
+        told = self.reader_of(adapter)
+        for path, factors in adapter.modules.items():
+            stated = told._scaling(
+                path, factors.rank, settings, record.alphas.get(path), Path(record.file)
+            )
+            check_scaling(adapter, path, stated)
 
     def _modules(
         self,

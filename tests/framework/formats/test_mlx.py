@@ -335,6 +335,28 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     assert "truncated or damaged" in refused(directory)
 
 
+@pytest.mark.parametrize("scale", [None, 20.0])
+def test_a_configuration_that_is_not_the_adapters(tmp_path: Path, scale: float | None) -> None:
+    source = save(tmp_path / "sql")
+    if scale is not None:
+        (source / "adapter_config.json").unlink()
+    adapter = MlxFormat(scale=scale).read(source, None)
+    out = tmp_path / "out"
+    out.mkdir()
+    scaled = {path: replace(f, scaling=5.0) for path, f in adapter.modules.items()}
+    with pytest.raises(AdapterError, match=r"has scaling 5\.0, its configuration says 20\.0"):
+        MlxFormat().write(replace(adapter, modules=scaled), out)
+    for config in ("{}", '{"adapter_config":null,"metadata":{},"scale":null}'):
+        with pytest.raises(AdapterError, match="not what reading the adapter gave"):
+            MlxFormat().write(replace(adapter, config=config), out)
+    assert not list(out.iterdir())
+
+
+def test_a_path_longer_than_any(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no MLX adapter"):
+        MlxFormat().read(tmp_path / f"{'x' * 300}.safetensors", "sql")
+
+
 def test_from_peft_and_back(tmp_path: Path) -> None:
     modules = {Q_PROJ: (8, 12), "model.layers.7.mlp.up_proj": (20, 12), "lm_head": (6, 12)}
     source = make_adapter("sql", seed=0, modules=modules, rank=3, alpha=7, dtype=torch.bfloat16)

@@ -325,6 +325,25 @@ def test_a_record_that_names_another_place(tmp_path: Path, name: str) -> None:
         PeftFileFormat().write(replace(adapter, config=json.dumps(record)), tmp_path)
 
 
+def test_scalings_that_are_not_those_of_the_file(tmp_path: Path) -> None:
+    config = json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8})
+    files = [
+        (save(tmp_path / "told.safetensors", pair()), {"scaling": 2.0}),
+        (save(tmp_path / "alpha.safetensors", {**pair(), f"{UP}.alpha": alpha(8)}), {}),
+        (save(tmp_path / "set.safetensors", pair(), {"lora_adapter_metadata": config}), {}),
+    ]
+    out = tmp_path / "out"
+    out.mkdir()
+    for file, options in files:
+        adapter = PeftFileFormat(**options).read(file, None)
+        scaled = {path: replace(f, scaling=5.0) for path, f in adapter.modules.items()}
+        with pytest.raises(AdapterError, match=r"has scaling 5\.0, its configuration says 2\.0"):
+            PeftFileFormat().write(replace(adapter, modules=scaled), out)
+        assert not list(out.iterdir())
+        PeftFileFormat().write(adapter, out)
+        (out / file.name).unlink()
+
+
 def test_options() -> None:
     for wrong in ({"scaling": 1.0, "alpha": 1}, {"scaling": 1.0, "rslora": True}):
         with pytest.raises(ValueError, match="scaling says all"):
