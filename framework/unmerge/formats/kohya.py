@@ -20,6 +20,7 @@ from unmerge.formats.checks import (
     own_name,
     save_tensors,
 )
+from unmerge.formats.diffusers_keys import COMPONENTS
 from unmerge.formats.files import Header, load_safetensors, parse_json_object, read_header
 from unmerge.formats.single_file import (
     Alpha,
@@ -77,7 +78,12 @@ _CHANGING_ARGUMENTS = ("dora_wd", "use_dora", "weight_decompose", "use_rslora", 
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-_COMPONENTS = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder_2": "lora_te2"}
+_COMPONENTS = {
+    "unet": "lora_unet",
+    "transformer": "lora_transformer",
+    "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
+}
 
 
 class KohyaFormat(AdapterFormat):
@@ -156,12 +162,14 @@ class KohyaFormat(AdapterFormat):
         """Write one file: the one that was read, or the adapter of another format converted.
 
         Converting flattens module paths: `unet.…` becomes `lora_unet_…`, `transformer.…`
-        `lora_transformer_…`, `text_encoder.…` `lora_te_…` (`lora_te1_…` beside `text_encoder_2` or
-        a transformer), and any other path `<prefix>_…`. Every module gets a float32 alpha.
+        `lora_transformer_…`, `text_encoder.…` `lora_te_…` (`lora_te1_…` beside others or a
+        transformer), `text_encoder_2.…` `lora_te2_…`, `text_encoder_3.…` `lora_te3_…`, and paths
+        that begin with no part of a pipeline `<prefix>_…`. Every module gets a float32 alpha.
 
         Raises:
-            UnsupportedAdapterError: The adapter holds verbatim tensors or embeddings; two of its
-                paths are one name when flattened; a scaling is no float32 alpha over the rank.
+            UnsupportedAdapterError: The adapter holds verbatim tensors or embeddings; a path
+                begins with a part of a pipeline that the format has no name for; two paths are one
+                name when flattened; a scaling is no float32 alpha over the rank.
             AdapterError: The configuration is not that of the adapter.
             OSError: The disk refuses.
         """
@@ -184,12 +192,19 @@ class KohyaFormat(AdapterFormat):
 
     def _flattened(self, adapter: Adapter) -> dict[str, str]:
         parts = {path.partition(".")[0] for path in adapter.modules if "." in path}
-        several = not parts.isdisjoint({"text_encoder_2", "transformer"})
+        several = not parts.isdisjoint({"text_encoder_2", "text_encoder_3", "transformer"})
         prefixes = {**_COMPONENTS, "text_encoder": "lora_te1" if several else "lora_te"}
         names: dict[str, str] = {}
         taken: dict[str, str] = {}
         for path in adapter.modules:
             part, _, rest = path.partition(".")
+            if part in COMPONENTS and part not in prefixes and rest:
+                raise UnsupportedAdapterError(
+                    f'adapter "{adapter.name}" cannot be written as {self.format}: {path} is of '
+                    f"{part}, a part of a pipeline that the format has no name for; expected only "
+                    f"{', '.join(prefixes)}; export it as diffusers",
+                    feature=part,
+                )
             if part not in prefixes or not rest:
                 part, rest = "", path
             prefix = prefixes.get(part, self.prefix)

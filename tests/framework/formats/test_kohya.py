@@ -575,12 +575,20 @@ def adapter_of(*paths: str, **changes: Any) -> Adapter:
             ["lora_unet_a", "lora_te1_d", "lora_te2_d"],
         ),
         (["transformer.a", "text_encoder.d"], ["lora_transformer_a", "lora_te1_d"]),
+        (["text_encoder.d", "text_encoder_3.d"], ["lora_te1_d", "lora_te3_d"]),
         (["model.layers.0", "unet"], ["lora_unet_model_layers_0", "lora_unet_unet"]),
     ],
 )
 def test_names_when_flattened(tmp_path: Path, paths: list[str], expected: list[str]) -> None:
     back = read(write(adapter_of(*paths), tmp_path / "out"))
     assert list(back.modules) == sorted(expected)
+
+
+@pytest.mark.parametrize("part", ["transformer_2", "transformer_ref", "text_conditioner"])
+def test_parts_of_a_pipeline_without_a_name_here(tmp_path: Path, part: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=f"{part}.a is of {part}") as caught:
+        write(adapter_of(f"{part}.a"), tmp_path / "out")
+    assert caught.value.feature == part
 
 
 def test_a_convolution_is_converted_with_its_kernel(tmp_path: Path) -> None:
