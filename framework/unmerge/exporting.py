@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from unmerge.adapter import Adapter, Factors
-from unmerge.errors import AdapterError, UnsupportedAdapterError
+from unmerge.errors import AdapterError, StoreError, UnsupportedAdapterError
 from unmerge.formats import AdapterFormat, Formats, default_formats
 from unmerge.store import AdapterStore
 from unmerge_bundle.publish import OutputDirectory, OutputKind
@@ -66,7 +66,8 @@ def export_adapter(
 
     Raises:
         AdapterNotInStoreError: There is no such adapter at this version.
-        StoreError: What is read is not what was written.
+        StoreError: What is read is not what was written, or a file that is to be replaced is one
+            that an adapter of this version is linked to.
         UnknownFormatError: There is no format of that name.
         UnsupportedAdapterError: The format cannot be written, or something of the adapter would
             be lost in it; says what.
@@ -76,6 +77,8 @@ def export_adapter(
     adapter = store.read_adapter(name)
     known = default_formats() if formats is None else formats
     target = _target(adapter, format, known)
+    if overwrite:
+        _spare_links(store, Path(directory))
     written: set[str] = set()
     kind = OutputKind("an export with the same files", lambda root: _foreign(root, written))
     with OutputDirectory(Path(directory), overwrite=overwrite, kind=kind) as output:
@@ -101,6 +104,22 @@ def export_adapter(
 def writable(format: type[AdapterFormat]) -> bool:  # noqa: A002 - the field's word
     """Return whether adapters can be written in a format."""
     return format.write is not AdapterFormat.write
+
+
+def _spare_links(store: AdapterStore, directory: Path) -> None:
+    """Refuse to replace files that stored adapters are linked to: they would be lost with them.
+
+    Raises:
+        StoreError: There is one; names it and the adapter.
+    """
+    place = directory.resolve()
+    for info in store.list() if place.is_dir() else []:
+        for file in info.files:
+            if Path(file).resolve().is_relative_to(place):
+                raise StoreError(
+                    f'{directory}: holds {file}, which "{info.name}" in {store.address} is linked '
+                    "to and would be lost with; export to another directory"
+                )
 
 
 def _target(adapter: Adapter, format: str | AdapterFormat | None, known: Formats) -> AdapterFormat:  # noqa: A002

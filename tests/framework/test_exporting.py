@@ -296,6 +296,24 @@ def test_a_link_is_never_replaced(store: AdapterStore, tmp_path: Path) -> None:
     assert (out / "adapter_config.json").is_symlink()
 
 
+def test_what_an_adapter_is_linked_to_is_never_replaced(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    place = write_peft_directory(make_adapter("linked", seed=2), tmp_path / "adapters" / "linked")
+    import_adapters(store, [place], link=True)
+    (tmp_path / "alias").symlink_to(place)
+    before = contents(place)
+    for name in ("linked", "sql"):
+        for directory in (place, tmp_path / "alias"):
+            with pytest.raises(StoreError, match=r'"linked" in .* is linked to') as caught:
+                export_adapter(store, name, directory, overwrite=True)
+            assert "\n" not in str(caught.value)
+    assert contents(place) == before
+    export_adapter(store, "linked", tmp_path / "out", overwrite=True)
+    export_adapter(store, "linked", tmp_path / "out", overwrite=True)
+    assert store.read_adapter("linked").digest() == store.info("linked").digest
+
+
 @pytest.fixture
 def open_to_the_group() -> Iterator[None]:
     """New files may be written by the group."""
