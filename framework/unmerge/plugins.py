@@ -107,7 +107,8 @@ def provided(manager: PluginManager, hook: str, what: str) -> Iterator[Provided]
         what: What the iterable must hold, for messages: "Merger classes".
 
     Raises:
-        PluginError: A plugin implements a hook that there is not, or returned no iterable.
+        PluginError: A plugin implements a hook that there is not, or its hook raised something or
+            returned no iterable.
     """
     try:
         manager.check_pending()
@@ -117,10 +118,19 @@ def provided(manager: PluginManager, hook: str, what: str) -> Iterator[Provided]
         plugin = implementation.plugin_name
         installed = manager.distributions.get(plugin)
         distribution = installed or plugin
-        values: Any = implementation.function()
-        if isinstance(values, type) or not isinstance(values, Iterable):
+        try:
+            returned: Any = implementation.function()
+            listed = isinstance(returned, Iterable) and not isinstance(returned, type)
+            values: list[Any] | None = list(returned) if listed else None
+        except Exception as error:
+            # A plugin is foreign code: whatever it raises is reported as the plugin's.
             raise PluginError(
-                f"{distribution}: {hook} returned {values!r}, expected a list of {what}"
+                f"{distribution}: {hook} failed: {type(error).__name__}: {error}; mend the plugin "
+                "or uninstall it"
+            ) from error
+        if values is None:
+            raise PluginError(
+                f"{distribution}: {hook} returned {returned!r}, expected a list of {what}"
             )
         outsider = installed is not None and installed.partition(" ")[0] != hookspecs.PROJECT
         for value in values:

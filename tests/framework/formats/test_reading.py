@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
@@ -116,6 +117,19 @@ def test_the_built_in_formats_are_registered() -> None:
 def test_a_name_registered_twice() -> None:
     with pytest.raises(PluginError, match='format "peft" is registered by'):
         formats(PeftFormat)
+
+
+def test_a_hook_that_fails_is_the_plugins() -> None:
+    class Broken:
+        @hookimpl
+        def unmerge_formats(self) -> Iterator[type[AdapterFormat]]:
+            yield SuffixFormat
+            raise KeyError("boom")
+
+    manager = get_plugin_manager(load_entry_points=False)
+    manager.register(Broken(), name="vendor")
+    with pytest.raises(PluginError, match=r"vendor: unmerge_formats failed: KeyError: 'boom'"):
+        Formats(manager)
 
 
 def test_a_directory_of_adapters(tmp_path: Path) -> None:
