@@ -3,8 +3,8 @@
 Chunks of a Zarr array have one size. Were it large, appending one adapter would rewrite a large
 chunk; were it small, reading all adapters would read many. So appended rows become a segment of
 their own, and once `FANOUT` segments of like size have come together they are rewritten as one: a
-row is written at most once per power of `FANOUT` up to a full chunk, whatever the number of
-appends, and there are few segments to read. Rows keep their numbers throughout.
+row is written once per power of `FANOUT` up to a full chunk where rows come one by one, and at most
+three times per power however they come. Rows keep their numbers throughout.
 """
 
 from __future__ import annotations

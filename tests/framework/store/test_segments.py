@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from unmerge.store.segments import FANOUT, append_rows, merged_tail, read_rows
@@ -53,13 +53,18 @@ def test_a_batch_is_one_segment() -> None:
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.sampled_from([1, 2, 7, 64, 1000]))
+@example([4, 2, 4, 4, 4, 8, 4, 1, 16, 16, 16, 4, 256], 64)  # a row is written 5 times
 def test_writes_and_segments_are_bounded(batches: list[int], full: int) -> None:
     segments, written = grow(batches, full)
     assert sum(segments) == sum(batches)
     levels = 1
     while FANOUT**levels < full:
         levels += 1
-    assert max(written, default=0) <= levels + 1
+    # A segment stays in its class when it takes in smaller ones and a batch of its own class: that
+    # adds at least what the class begins with, so it can happen twice.
+    assert max(written, default=0) <= 3 * levels + 1
+    if set(batches) == {1}:
+        assert max(written) <= levels + 1
     small = [rows for rows in segments if rows < full]
     assert len(small) <= len(batches)
     for size_class in range(levels + 1):
