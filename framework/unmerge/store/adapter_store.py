@@ -482,8 +482,8 @@ class AdapterStore:
 
         Raises:
             ConfigError: A time without a zone, or an `older_than` that needs `force`.
-            StoreError: The store is read-only, or something that has to be rewritten is damaged;
-                nothing is forgotten or deleted then.
+            StoreError: The store is read-only, or a tag or something that has to be rewritten is
+                damaged; nothing is forgotten or deleted then.
         """
         self._check_writable()
         report = gc(

@@ -76,6 +76,7 @@ def gc(
         size = _size(repository)
         compacted, dropped, forgotten = None, _NOTHING, []
         if forget_before is not None:
+            repository.check_tags()
             compacted, dropped = _compact(repository, forget_before, progress)
             forgotten = repository.expire(forget_before)
         garbage = repository.collect_garbage(older_than=older_than, force=force)

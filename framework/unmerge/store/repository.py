@@ -278,10 +278,12 @@ class StoreRepository:
 
         Raises:
             ConfigError: `older_than` has no time zone.
+            StoreError: A tag is damaged; nothing is forgotten.
         """
         _check_zone(older_than)
         with self._writing(), backend(f"{self.address}: cannot forget versions"):
             self._refresh()
+            self.check_tags()
             before = set(self._versions())
             self._repository.expire_snapshots(older_than)
             return sorted(before - set(self._versions()))
@@ -308,7 +310,7 @@ class StoreRepository:
         with self._writing(), backend(f"{self.address}: cannot collect garbage"):
             cutoff = self._place.cutoff(older_than, force=force)
             self._refresh()
-            self._place.check_tags(self._repository.list_tags())
+            self.check_tags()
             summary = self._repository.garbage_collect(cutoff)
             objects, size = self._place.sweep(cutoff)
         return GarbageReport(
@@ -320,6 +322,15 @@ class StoreRepository:
             + summary.transaction_logs_deleted,
             bytes=size + summary.bytes_deleted,
         )
+
+    def check_tags(self) -> None:
+        """Refuse to go on where a tag is damaged, and so keeps nothing; hold the lock.
+
+        Raises:
+            StoreError: There is one.
+        """
+        with backend(f"{self.address}: cannot read the tags"):
+            self._place.check_tags(self._repository.list_tags())
 
     def check_cutoff(self, older_than: datetime | None, *, force: bool) -> None:
         """Refuse what `collect_garbage` would refuse, for those who do other work before it.

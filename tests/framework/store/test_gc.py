@@ -345,6 +345,20 @@ def test_damage_is_not_made_permanent(store: AdapterStore) -> None:
     assert damaged.verify().ok
 
 
+def test_nothing_is_forgotten_where_a_tag_is_damaged(mixed: AdapterStore) -> None:
+    mixed.tag("v1")
+    mixed.remove("a0")
+    mixed.commit("less")
+    file = Path(mixed.address) / "refs" / "tag.v1" / "ref.json"
+    file.write_bytes(file.read_bytes()[:-3])
+    before = files(mixed)
+    with pytest.raises(StoreError, match='tag "v1" cannot be read'):
+        mixed.gc(forget_before=now())
+    with pytest.raises(StoreError, match='tag "v1" cannot be read'):
+        StoreRepository.open(mixed.address).expire(now())
+    assert files(mixed) == before
+
+
 def test_what_would_be_done(mixed: AdapterStore) -> None:
     mixed.tag("v1", mixed.history()[-1].id)
     mixed.remove("a0")
