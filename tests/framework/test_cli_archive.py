@@ -541,6 +541,24 @@ def test_ctrl_c_after_the_commit_does_not_deny_it(
     assert f"the store has a new version {newest['id']}" in result.stderr
 
 
+def test_ctrl_c_in_gc_does_not_deny_what_is_forgotten(
+    zoo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ok("rm", zoo, "sql")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("unmerge.store.repository.StoreRepository.collect_garbage", interrupted)
+        result = run("gc", zoo, "--forget-before", "0h", "--yes")
+    assert result.exit_code == 130
+    assert "as they were" not in result.stderr
+    assert "versions may be forgotten already" in result.stderr
+    assert len(data("log", zoo)["versions"]) == 1
+    assert data("verify", zoo)["ok"]
+
+
 def test_everything_works_on_s3(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3.serve() as server:
         for name in [name for name in os.environ if name.startswith("AWS_")]:

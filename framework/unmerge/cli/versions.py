@@ -11,6 +11,7 @@ import click
 
 from unmerge.cli.options import AT, STORE, some
 from unmerge.cli.output import (
+    INTERRUPTED,
     command,
     error_text,
     print_json,
@@ -159,11 +160,19 @@ def gc(store: str, forget_before: str | None, dry_run: bool, yes: bool, as_json:
     if dry_run:
         report = opened.gc(forget_before=moment, dry_run=True)
     else:
-        with progress_bar() as progress:
-            report = opened.gc(
-                forget_before=moment,
-                progress=lambda done, total: progress("rewrite", done, total),
+        try:
+            with progress_bar() as progress:
+                report = opened.gc(
+                    forget_before=moment,
+                    progress=lambda done, total: progress("rewrite", done, total),
+                )
+        except KeyboardInterrupt:
+            click.echo(
+                "unmerge: interrupted; versions may be forgotten already, those that unmerge log "
+                f"{store} shows are whole; run it again to finish",
+                err=True,
             )
+            sys.exit(INTERRUPTED)
     if as_json:
         print_json(_gc_data(store, report))
     else:
