@@ -190,7 +190,7 @@ class PeftFileFormat(AdapterFormat):
         Raises:
             AdapterError: The configuration is not that of the adapter.
             UnsupportedAdapterError: The adapter cannot be written for PEFT, or its module paths
-                would be taken for parts of a pipeline.
+                would be taken for parts of a pipeline, or for others behind PEFT's prefix.
             OSError: The disk refuses.
         """
         if adapter.format == self.format:
@@ -206,10 +206,13 @@ class PeftFileFormat(AdapterFormat):
             save_tensors(tensors, directory / record.file, record.metadata)
             return
         for path in adapter.modules:
-            if path.partition(".")[0] in COMPONENTS:
+            taken = "a part of a pipeline" if path.partition(".")[0] in COMPONENTS else ""
+            if path.startswith(PREFIX):
+                taken = f"the module {path.removeprefix(PREFIX)}"
+            if taken:
                 raise UnsupportedAdapterError(
                     f'adapter "{adapter.name}" cannot be written as {self.format}: {path} would '
-                    "be taken for a part of a pipeline; write it as peft or diffusers",
+                    f"be taken for {taken}; write it as peft or diffusers",
                     feature=path,
                 )
         with tempfile.TemporaryDirectory() as scratch:

@@ -316,6 +316,16 @@ def test_paths_that_would_be_taken_for_a_pipeline(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_paths_that_would_be_taken_for_others(tmp_path: Path) -> None:
+    factors = Factors(torch.ones(3, 12), torch.ones(20, 3), 1.0)
+    modules = {f"{PREFIX}{UP}": factors, "up": replace(factors, scaling=2.0)}
+    source = Adapter(name="sql", modules=modules, config="{}", format="vendor.other")
+    with pytest.raises(UnsupportedAdapterError, match=f"taken for the module {UP}") as caught:
+        PeftFileFormat().write(source, tmp_path)
+    assert caught.value.feature == f"{PREFIX}{UP}"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "x.bin", ""])
 def test_a_record_that_names_another_place(tmp_path: Path, name: str) -> None:
     file = save(tmp_path / "sql.safetensors", pair())
