@@ -77,6 +77,8 @@ _PLAIN_ALGORITHMS = frozenset({"lora", "locon"})
 _CHANGING_ARGUMENTS = ("dora_wd", "use_dora", "weight_decompose", "use_rslora", "rslora")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What sd-scripts has no name for; of converted adapters only.
+_BASE_MODEL, _REVISION = "unmerge.base_model", "unmerge.revision"
 
 _COMPONENTS = {
     "unet": "lora_unet",
@@ -147,14 +149,15 @@ class KohyaFormat(AdapterFormat):
             rank = max(1, down.shape[0] if down.ndim else 1)
             scaling = _scaling(alphas.get(module), rank)
             modules[module] = factors_of(down, up, scaling, path=module, adapter=name)
-        base_model = metadata.get("ss_sd_model_name", "")
+        # A file's name on somebody's disk is no id; sd-scripts writes either.
+        named = metadata.get("ss_sd_model_name", "")
         return Adapter(
             name=name,
             modules=modules,
             config=FileRecord(file=file.name, metadata=metadata, alphas=alphas).text(),
             format=self.format,
-            # A file's name on somebody's disk is no id; sd-scripts writes either.
-            base_model=base_model if _HUB_ID.fullmatch(base_model) else None,
+            base_model=metadata.get(_BASE_MODEL) or (named if _HUB_ID.fullmatch(named) else None),
+            revision=metadata.get(_REVISION) or None,
             source=str(path),
         )
 
@@ -292,7 +295,10 @@ def _converted_record(adapter: Adapter) -> FileRecord:
         "ss_network_alpha": str(values.pop()) if len(values) == 1 else "Dynamic",
     }
     if adapter.base_model:
-        metadata["ss_sd_model_name"] = adapter.base_model
+        known = _HUB_ID.fullmatch(adapter.base_model)
+        metadata["ss_sd_model_name" if known else _BASE_MODEL] = adapter.base_model
+    if adapter.revision:
+        metadata[_REVISION] = adapter.revision
     return FileRecord(file=f"{adapter.name}.safetensors", metadata=metadata, alphas=alphas)
 
 

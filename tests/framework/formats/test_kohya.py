@@ -584,6 +584,19 @@ def test_names_when_flattened(tmp_path: Path, paths: list[str], expected: list[s
     assert list(back.modules) == sorted(expected)
 
 
+@pytest.mark.parametrize("base_model", ["org/base", "gpt2", "/models/base", None])
+@pytest.mark.parametrize("revision", ["v1", None])
+def test_the_base_model_and_its_revision_are_kept(
+    tmp_path: Path, base_model: str | None, revision: str | None
+) -> None:
+    source = replace(adapter_of("unet.a"), base_model=base_model, revision=revision)
+    file = write(source, tmp_path / "out")
+    back = read(file)
+    assert (back.base_model, back.revision) == (base_model, revision)
+    again = write(back, tmp_path / "again")
+    assert contents(again)[1] == contents(file)[1]
+
+
 @pytest.mark.parametrize("part", ["transformer_2", "transformer_ref", "text_conditioner"])
 def test_parts_of_a_pipeline_without_a_name_here(tmp_path: Path, part: str) -> None:
     with pytest.raises(UnsupportedAdapterError, match=f"{part}.a is of {part}") as caught:
