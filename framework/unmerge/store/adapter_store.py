@@ -12,7 +12,7 @@ import torch
 import zarr
 
 from unmerge.adapter import Adapter, Factors
-from unmerge.errors import ConfigError, StoreError, UnmergeError
+from unmerge.errors import AdapterExistsError, ConfigError, StoreError, UnmergeError
 from unmerge.store.checks import check_annotation, check_fits, check_free, own_copy
 from unmerge.store.compact import GcReport, gc
 from unmerge.store.diff import StoreDiff, diff
@@ -185,7 +185,8 @@ class AdapterStore:
                 "have the files; add adapters without --link"
             )
         changes = self._changes
-        check_free(adapter.name, changes, holder="the staged set")
+        check_free(adapter.name, changes.added, holder="the staged set")
+        self._check_unstaged(adapter.name)
         annotation = check_annotation(adapter.name, note, metadata or {})
         own = own_copy(adapter)
         links = None if link is None else find_links(own, link)
@@ -213,11 +214,11 @@ class AdapterStore:
 
         Raises:
             AdapterNotInStoreError: There is no such adapter.
-            AdapterExistsError: The staged set has one of that name.
+            AdapterExistsError: A change of it is staged already.
             StoreError: The store is read-only.
         """
         self._check_writable()
-        check_free(name, self._changes, holder="the staged set")
+        self._check_unstaged(name)
         self._view.record(name)
         self._changes.removed.add(name)
 
@@ -228,12 +229,12 @@ class AdapterStore:
 
         Raises:
             AdapterNotInStoreError: There is no such adapter.
-            AdapterExistsError: The staged set has one of that name.
+            AdapterExistsError: A change of it is staged already.
             AdapterError: The note or the metadata cannot be stored.
             StoreError: The store is read-only.
         """
         self._check_writable()
-        check_free(name, self._changes, holder="the staged set")
+        self._check_unstaged(name)
         record = self._view.record(name)
         before = Annotation(record.note, record.metadata)
         after = check_annotation(
@@ -504,6 +505,13 @@ class AdapterStore:
             raise StoreError(
                 f"{self.address}: opened at version {self.version}, which is read-only; "
                 "open the store without a version to write"
+            )
+
+    def _check_unstaged(self, name: str) -> None:
+        if name in self._changes:
+            raise AdapterExistsError(
+                f'{self.address}: a change of adapter "{name}" is staged already; commit it, or '
+                "discard what is staged"
             )
 
     def _check_against(self, adapter: StagedAdapter, view: StoreView) -> None:

@@ -17,13 +17,11 @@ import zarr
 
 from unmerge.errors import ConfigError, StoreError, UnknownVersionError
 from unmerge.store.engine import BRANCH, writable_root
-from unmerge.store.failures import backend, is_failure, reason
+from unmerge.store.failures import backend
 from unmerge.store.local import LocalPlace
 from unmerge.store.places import Place, place_at
 from unmerge.store.records import Version
 from unmerge.store.transactions import transact
-
-__all__ = ["GarbageReport", "StoreRepository", "backend", "is_failure", "reason"]
 
 T = TypeVar("T")
 

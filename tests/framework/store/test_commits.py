@@ -419,8 +419,13 @@ def test_notes_and_metadata(filled: AdapterStore, kit: SimpleNamespace) -> None:
     before = {name: kit.content(filled.read_adapter(name)) for name in filled.names()}
     filled.annotate("new", note="checked")
     filled.annotate("sql", metadata={"owner": "c"})
-    with pytest.raises(AdapterExistsError, match="staged set"):
-        filled.annotate("new", note="twice")
+    for again in (
+        lambda: filled.annotate("new", note="twice"),
+        lambda: filled.remove("new"),
+        lambda: filled.add(kit.make("new", rank=3), replace=True),
+    ):
+        with pytest.raises(AdapterExistsError, match=r'change of adapter "new" is staged already'):
+            again()
     version = filled.commit("notes")
     assert (filled.info("new").note, filled.info("new").metadata["owner"]) == ("checked", "b")
     assert (filled.info("sql").note, filled.info("sql").metadata) == ("", {"owner": "c"})

@@ -27,7 +27,8 @@ from unmerge.errors import (
     StoreExistsError,
 )
 from unmerge.store import AdapterStore, records
-from unmerge.store.repository import StoreRepository, backend
+from unmerge.store.failures import backend
+from unmerge.store.repository import StoreRepository
 
 PATH = "layers.0.q_proj"
 
