@@ -41,7 +41,7 @@ from unmerge.formats.single_file import (
     tensors_of,
 )
 
-__all__ = ["COMPONENTS", "DiffusersFormat"]
+__all__ = ["DiffusersFormat"]
 
 FILE = "pytorch_lora_weights.safetensors"
 SETTINGS = "lora_adapter_metadata"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -22,6 +23,7 @@ __all__ = [
     "Sorted",
     "component_of",
     "is_diffusers",
+    "is_of_pipeline",
     "keys_of",
     "sort_tensors",
 ]
@@ -67,6 +69,10 @@ _PROJECTIONS = {"to_q": "to_q", "to_k": "to_k", "to_v": "to_v", "to_out": "to_ou
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
+# What GPT-2 and its kin call their layers, behind the name of a pipeline's part.
+_LANGUAGE_MODEL = re.compile(r"transformer\.(h\.[0-9]+|wte|wpe|word_embeddings)(\.|$)")
+
+
 class Place(NamedTuple):
     """What a tensor's name says.
 
@@ -103,6 +109,11 @@ def component_of(path: str) -> str:
     return first if dot and first in COMPONENTS else ""
 
 
+def is_of_pipeline(path: str) -> bool:
+    """Return whether a module path begins with a part of a pipeline, and is no language model's."""
+    return component_of(path) != "" and not _LANGUAGE_MODEL.match(path)
+
+
 def keys_of(path: str) -> tuple[str, str]:
     """Return what the tensors of A and B of a module are called today."""
     return path + _PEFT[0], path + _PEFT[1]
@@ -111,7 +122,7 @@ def keys_of(path: str) -> tuple[str, str]:
 def is_diffusers(header: Header) -> bool:
     """Return whether a tensor has a name as only diffusers gives it."""
     places = (_place(name) for name in header.tensors)
-    return any(place and (not place.current or component_of(place.path)) for place in places)
+    return any(place and (not place.current or is_of_pipeline(place.path)) for place in places)
 
 
 def sort_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> Sorted:

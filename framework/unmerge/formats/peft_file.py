@@ -20,7 +20,8 @@ from unmerge.adapter import Adapter, Factors
 from unmerge.errors import AdapterError, UnsupportedAdapterError
 from unmerge.formats.base import AdapterFormat, describe, excerpt
 from unmerge.formats.checks import adapter_name, own_name, save_tensors
-from unmerge.formats.diffusers import COMPONENTS, DiffusersFormat
+from unmerge.formats.diffusers import DiffusersFormat
+from unmerge.formats.diffusers_keys import is_of_pipeline
 from unmerge.formats.files import (
     Header,
     load_safetensors,
@@ -206,7 +207,7 @@ class PeftFileFormat(AdapterFormat):
             save_tensors(tensors, directory / record.file, record.metadata)
             return
         for path in adapter.modules:
-            taken = "a part of a pipeline" if path.partition(".")[0] in COMPONENTS else ""
+            taken = "a part of a pipeline" if is_of_pipeline(path) else ""
             if path.startswith(PREFIX):
                 taken = f"the module {path.removeprefix(PREFIX)}"
             if taken:

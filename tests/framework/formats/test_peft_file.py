@@ -309,11 +309,22 @@ def test_from_other_formats(tmp_path: Path) -> None:
 
 
 def test_paths_that_would_be_taken_for_a_pipeline(tmp_path: Path) -> None:
-    source = make_adapter("sql", seed=0, modules={"transformer.h.0.attn": (3, 4)})
+    source = make_adapter("sql", seed=0, modules={"transformer.blocks.0.attn": (3, 4)})
     with pytest.raises(UnsupportedAdapterError, match="taken for a part of a pipeline") as caught:
         PeftFileFormat().write(source, tmp_path)
-    assert caught.value.feature == "transformer.h.0.attn"
+    assert caught.value.feature == "transformer.blocks.0.attn"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["transformer.h.0.attn.c_attn", "transformer.wte"])
+def test_a_language_models_transformer_is_no_part_of_a_pipeline(tmp_path: Path, path: str) -> None:
+    file = save(tmp_path / "sql.safetensors", pair(path))
+    assert [f.format for f in default_formats().recognising(file)] == ["peft_file"]
+    with pytest.raises(AdapterError, match="does not say what scales its factors"):
+        read_adapter(file)
+    source = make_adapter("gpt", seed=0, modules={path: (3, 4)})
+    PeftFileFormat().write(source, tmp_path)
+    assert read_adapter(tmp_path / "gpt.safetensors").digest() == source.digest()
 
 
 def test_paths_that_would_be_taken_for_others(tmp_path: Path) -> None:
