@@ -559,6 +559,20 @@ def test_ctrl_c_in_gc_does_not_deny_what_is_forgotten(
     assert data("verify", zoo)["ok"]
 
 
+def test_what_strangers_wrote_cannot_command_the_terminal(zoo: str) -> None:
+    evil = "\x1b]0;x\x07\x9b2J\rb"
+    ok("note", zoo, "sql", "--note", evil, "--meta", f"k={evil}", "-m", evil)
+    for arguments in (("show", zoo, "sql"), ("ls", zoo, "--long"), ("log", zoo)):
+        said = ok(*arguments)
+        assert not set(said) & set("\x1b\x07\x9b\r")
+    assert r"\x1b]0;x\x07\x9b2J\x0db" in ok("show", zoo, "sql")
+    assert data("show", zoo, "sql")["adapter"]["note"] == evil
+    result = run("show", zoo, evil)
+    assert result.exit_code == 1
+    assert r"\x1b]0;x" in result.stderr
+    assert "\x1b" not in result.stderr
+
+
 def test_everything_works_on_s3(adapters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with s3.serve() as server:
         for name in [name for name in os.environ if name.startswith("AWS_")]:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from unmerge.cli.options import AT, FORMAT_FIELDS, MESSAGE, STORE, format_of, pairs, some
-from unmerge.cli.output import INTERRUPTED, command, print_json, progress_bar, say
+from unmerge.cli.output import INTERRUPTED, command, print_json, printable, progress_bar, say
 from unmerge.errors import ConfigError, ImportRefusedError
 from unmerge.exporting import export_adapter as export
 from unmerge.importing import ImportReport, import_adapters
@@ -84,7 +84,7 @@ def add(
     if refused:
         problem = ImportRefusedError(refused, of=len(sources))
         for reason in problem.reasons:
-            click.echo(f"unmerge: skipped {reason}", err=True)
+            click.echo(f"unmerge: skipped {printable(reason)}", err=True)
     if len(refused) == len(sources):
         sys.exit(1)
 

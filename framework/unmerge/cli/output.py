@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from unmerge.recipe import explain
 from unmerge_bundle import BundleError
 
 _WIDTH_OF_A_FILE = 160
+# All but line feed and tab: an escape sequence can clear a terminal, or write into it.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _USAGE = (ConfigError, UnknownFormatError, UnknownMergerError, ValidationError)
 # Adapters that are refused at once, one a line.
 _REASONS = 20
@@ -94,8 +97,17 @@ def _refusals(error: ImportRefusedError) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Return text on one line; what cannot be encoded, of a file's name perhaps, is escaped."""
-    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    """Return `visible` text on one line."""
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """Return text with escapes for what a terminal would obey, and for what cannot be encoded.
+
+    Names, notes and configurations may come from strangers.
+    """
+    encoded = text.replace("\r\n", "\n").encode("utf-8", "backslashreplace").decode("utf-8")
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", encoded)
 
 
 def console() -> Console:
@@ -112,20 +124,19 @@ def print_json(data: Any) -> None:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print a table; every column but the first that holds numbers only is right-aligned."""
-    table = Table(title=escape(title) if title else None, title_justify="left")
+    table = Table(title=escape(visible(title)) if title else None, title_justify="left")
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows]
         numeric = bool(cells) and all(cell[:1].isdigit() or cell in ("", "–") for cell in cells)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(visible(cell)) for cell in row))
     console().print(table)
 
 
 def say(text: str) -> None:
-    """Print a line of text; what cannot be encoded is shown escaped."""
-    printable = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    console().print(escape(printable), soft_wrap=True)
+    """Print a line of `visible` text."""
+    console().print(escape(visible(text)), soft_wrap=True)
 
 
 @contextmanager

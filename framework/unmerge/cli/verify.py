@@ -136,7 +136,8 @@ def _verify_bundle(
         say(f"{bundle}: sound ({depth}): {_checked(report)}")
     else:
         for problem in report.problems:
-            click.echo(f"unmerge: {problem.code}: {problem.path}: {problem.message}", err=True)
+            text = f"{problem.code}: {problem.path}: {problem.message}"
+            click.echo(f"unmerge: {printable(text)}", err=True)
     if not report.ok:
         sys.exit(1)
 
