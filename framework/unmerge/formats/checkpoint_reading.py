@@ -13,7 +13,7 @@ import torch
 
 from unmerge.adapter import Factors
 from unmerge.arrays import DTYPES, VERBATIM_DTYPES, dtype_name
-from unmerge.errors import AdapterError, UnsupportedAdapterError
+from unmerge.errors import AdapterError, NonFiniteError, UnsupportedAdapterError
 from unmerge.formats.base import describe, excerpt
 from unmerge.formats.checkpoint_delta import (
     difference,
@@ -145,7 +145,8 @@ class Reading:
             AdapterError: The models do not belong together, or do not differ.
             ConfigError: The dtype is too narrow for what is to be kept.
             UnsupportedAdapterError: A tensor is quantised, or in one model only and no head's.
-            NonFiniteError: A tensor that changed holds NaN or an infinity.
+            NonFiniteError: A tensor that changed holds NaN or an infinity, or its change exceeds
+                the range of float32.
         """
         tuned, base = self.tuned.tensors, self.base.tensors
         try:
@@ -192,6 +193,10 @@ class Reading:
         if not math.isfinite(norm):
             check_finite(base, base_where)
             check_finite(tuned, where)
+            raise NonFiniteError(
+                f"{where}: its change from the base exceeds the range of float32, the widest dtype "
+                "of factors; check that both models are whole and belong together"
+            )
         path = module_path(layer.path, name, self.tuned.directory)
         matrix = delta.reshape(len(delta), -1)
         found = low_rank(

@@ -193,6 +193,13 @@ def test_factors_beyond_the_range_of_float16(tmp_path: Path) -> None:
         read(tmp_path, tuned, base, dtype="float16")
 
 
+def test_a_change_beyond_the_range_of_float32(tmp_path: Path) -> None:
+    name = "layers.0.q.weight"
+    base, tuned = ({name: torch.full((2, 3), value)} for value in (3e38, -3e38))
+    with pytest.raises(NonFiniteError, match=rf'"{name}": its change from the base exceeds'):
+        read(tmp_path, tuned, base=base, rank=1)
+
+
 # -- tensors that are no layer's weight -------------------------------------------------------
 
 
