@@ -333,6 +333,16 @@ def test_rm_says_where_they_still_are(zoo: str) -> None:
     assert [a["name"] for a in data("ls", zoo, "--at", version)["adapters"]] == NAMES
 
 
+def test_a_tag_is_deleted(zoo: str) -> None:
+    ok("tag", zoo, "v1")
+    assert run("tag", zoo, "--delete").exit_code == 2
+    assert run("tag", zoo, "v1", "--delete", "--at", "v1").exit_code == 2
+    assert json.loads(ok("tag", zoo, "v1", "--delete", "--json"))["deleted"] is True
+    assert json.loads(ok("tag", zoo, "--json"))["tags"] == {}
+    result = run("tag", zoo, "v1", "--delete")
+    assert (result.exit_code, 'no tag "v1"' in result.stderr) == (1, True)
+
+
 def test_log_and_tag(zoo: str) -> None:
     ok("rm", zoo, "sql", "-m", "second")
     assert len(data("log", zoo)["versions"]) == 3

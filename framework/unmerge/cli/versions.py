@@ -64,11 +64,14 @@ def log(store: str, at: str | None, limit: int | None, as_json: bool) -> None:
 @STORE
 @click.argument("name", required=False)
 @click.option("--at", metavar="VERSION", help="Version to tag; the newest unless given.")
-def tag(store: str, name: str | None, at: str | None, as_json: bool) -> None:
+@click.option("--delete", is_flag=True, help="Delete the tag; no other can have its name.")
+def tag(store: str, name: str | None, at: str | None, delete: bool, as_json: bool) -> None:
     """Give a version a name that never moves; without a name, list those there are.
 
     What a tag names stays readable, whatever is removed and collected later.
     """
+    if delete and (name is None or at is not None):
+        raise ConfigError("--delete takes the name of a tag, and no --at")
     opened = AdapterStore.open(store)
     if name is None:
         if at is not None:
@@ -78,6 +81,13 @@ def tag(store: str, name: str | None, at: str | None, as_json: bool) -> None:
             print_json({"store": store, "tags": tags})
         else:
             print_table(("tag", "version"), list(tags.items()))
+        return
+    if delete:
+        opened.delete_tag(name)
+        if as_json:
+            print_json({"store": store, "tag": name, "deleted": True})
+        else:
+            say(f"deleted tag {name}")
         return
     opened.tag(name, at)
     version = opened.tags()[name]

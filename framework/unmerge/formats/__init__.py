@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from unmerge.adapter import Adapter
-from unmerge.errors import AdapterError
-from unmerge.formats.base import AdapterFormat, describe, entries
+from unmerge.errors import AdapterError, UnmergeError
+from unmerge.formats.base import AdapterFormat, describe, entries, excerpt
 from unmerge.formats.checkpoint import CheckpointFormat
 from unmerge.formats.diffusers import DiffusersFormat
 from unmerge.formats.hub import download, hub_address
@@ -99,7 +99,7 @@ def _read_local(
 ) -> Adapter:
     place = Path(path)
     if chosen is not None:
-        return chosen.read(place, name)
+        return _read_as(chosen, place, name)
     matching = known.recognising(place)
     if len(matching) > 1:
         several = ", ".join(sorted(candidate.format for candidate in matching))
@@ -109,7 +109,20 @@ def _read_local(
         )
     if not matching:
         raise AdapterError(_nothing_found(os.fspath(path), place, known))
-    return matching[0].read(place, name)
+    return _read_as(matching[0], place, name)
+
+
+def _read_as(chosen: AdapterFormat, place: Path, name: str | None) -> Adapter:
+    try:
+        return chosen.read(place, name)
+    except UnmergeError:
+        raise
+    except Exception as error:
+        # A plugin's reader is foreign code: one that fails must not take a whole import with it.
+        raise AdapterError(
+            f"{place}: the reader of the format {chosen.format} failed: {type(error).__name__}: "
+            f"{excerpt(str(error), 300)}; report it to whoever provides the format"
+        ) from error
 
 
 def _nothing_found(given: str, place: Path, known: Formats) -> str:

@@ -394,6 +394,18 @@ class AdapterStore:
             raise StoreError(f"{self.address}: {error}") from error
         self._repository.tag(name, self.version if version is None else self.resolve(version))
 
+    def delete_tag(self, name: str) -> None:
+        """Delete a tag, so that `gc` may forget its version.
+
+        The name stays taken: it can never come to mean another version.
+
+        Raises:
+            StoreError: The store is read-only.
+            UnknownVersionError: There is no such tag.
+        """
+        self._check_writable()
+        self._repository.delete_tag(name)
+
     def tags(self) -> dict[str, str]:
         """Return the version id of every tag, sorted by tag."""
         with backend(f"{self.address}: cannot read the tags"):

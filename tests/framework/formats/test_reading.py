@@ -175,3 +175,16 @@ def test_a_file_may_be_called_anything(
     (tmp_path / "out").mkdir()
     form.write(adapter, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [called]
+
+
+class Faulty(SuffixFormat):
+    format: ClassVar[str] = "vendor.faulty"
+
+    def read(self, path: Path, name: str | None) -> Adapter:
+        raise KeyError("weight\nmissing")
+
+
+def test_a_reader_that_fails_is_named(tmp_path: Path) -> None:
+    text = message(tmp_path / "mine.toy", Faulty)
+    assert "mine.toy: the reader of the format vendor.faulty failed: KeyError" in text
+    assert "report it" in text

@@ -438,3 +438,15 @@ def test_notes_and_metadata(filled: AdapterStore, kit: SimpleNamespace) -> None:
     with pytest.raises(AdapterError, match="10001 characters"):
         filled.annotate("new", note="x" * 10_001)
     assert kit.state(Path(filled.address))[0] == version
+
+
+def test_a_deleted_tag_is_gone_for_good(filled: AdapterStore, kit: SimpleNamespace) -> None:
+    filled.tag("v1")
+    with pytest.raises(UnknownVersionError, match='no tag "v2"'):
+        filled.delete_tag("v2")
+    with pytest.raises(StoreError, match="read-only"):
+        filled.checkout("v1").delete_tag("v1")
+    filled.delete_tag("v1")
+    assert filled.tags() == {}
+    with pytest.raises(StoreError, match='"v1" already was deleted'):
+        filled.tag("v1")
