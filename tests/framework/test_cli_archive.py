@@ -93,6 +93,9 @@ def test_the_whole_way(zoo: str, adapters: Path) -> None:
     assert len(done["forgotten"]) >= 3
     assert done["objects"] > 0
     assert [v["tags"] for v in data("log", zoo)["versions"]] == [[]]
+    assert list(data("log", zoo)["tags_elsewhere"]) == ["v1"]
+    assert "not in this history, and readable with --at: v1 (" in ok("log", zoo)
+    assert data("log", zoo, "--at", "v1")["tags_elsewhere"] == {}
     for name in NAMES:
         ok("export-adapter", zoo, name, f"back/{name}", "--at", "v1")
         assert contents(Path("back") / name) == contents(adapters / name)

@@ -174,7 +174,15 @@ def restore(
         )
     _say_truncation(saved)
     if saved.beside:
-        say(f"note: PEFT has no place for {some(saved.beside)}; kept in {VERBATIM_FILE} beside it")
+        say(
+            f"note: PEFT does not load {some(saved.beside)}, which the adapter's own format "
+            f"({restored.format}) keeps whole; they are in {VERBATIM_FILE} beside it"
+        )
+    if restored.format != "peft":
+        say(
+            f"note: modules are called as in {restored.format}; a store gives the adapter back in "
+            "its own format (unmerge export-adapter)"
+        )
 
 
 @command("unmerge export out.rmb merged/ --rank 32", name="export")

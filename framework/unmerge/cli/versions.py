@@ -33,11 +33,17 @@ _HOURS = {"h": 1, "d": 24, "w": 7 * 24}
 @click.option("--limit", type=click.IntRange(min=1), help="Show this many versions at most.")
 def log(store: str, at: str | None, limit: int | None, as_json: bool) -> None:
     """Show the versions of a store, newest first."""
-    versions = AdapterStore.open(store, at=at).history()[:limit]
+    opened = AdapterStore.open(store, at=at)
+    history = opened.history()
+    versions = history[:limit]
+    shown = {version.id for version in history}
+    # What `gc` forgot is no longer between a tagged version and the newest one.
+    apart = {name: version for name, version in opened.tags().items() if version not in shown}
     if as_json:
         print_json(
             {
                 "store": store,
+                "tags_elsewhere": apart,
                 "versions": [
                     {
                         "id": v.id,
@@ -58,6 +64,9 @@ def log(store: str, at: str | None, limit: int | None, as_json: bool) -> None:
             for v in versions
         ],
     )
+    if apart:
+        tags = ", ".join(f"{name} ({version})" for name, version in apart.items())
+        say(f"not in this history, and readable with --at: {tags}")
 
 
 @command("unmerge tag zoo v1", name="tag")

@@ -128,8 +128,10 @@ class CheckpointFormat(AdapterFormat):
             heads=(*HEADS, *self.heads),
         )
         reading.run()
+        digest = base.tensors.digest()
+        known = address.repository if address else tuned.field("_name_or_path")
         record = {
-            "base": {"digest": base.tensors.digest(), "source": place.source},
+            "base": {"digest": digest, "source": place.source},
             "checkpoint": {"config": tuned.text, "digest": tuned.tensors.digest()},
             "dtype": self.dtype,
             "keep": self.model_dump(include={"rank", "energy", "error"}, exclude_none=True),
@@ -142,8 +144,8 @@ class CheckpointFormat(AdapterFormat):
             verbatim=dict(sorted(reading.verbatim.items())),
             config=canonical_bytes(record).decode(),
             format=self.format,
-            base_model=self.base_model
-            or (address.repository if address else tuned.field("_name_or_path")),
+            # Without a name the digest, so that changes of different models are not merged.
+            base_model=self.base_model or known or digest,
             revision=self.revision,
             source=os.fspath(path),
         )

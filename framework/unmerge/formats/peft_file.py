@@ -293,7 +293,8 @@ class PeftFileFormat(AdapterFormat):
                 f"{path}: {weights} does not say what scales its factors: expected a tensor "
                 f'"{excerpt(path)}{_ALPHA}" or a configuration under {METADATA_KEY} in the header; '
                 f"get {CONFIG_FILE} from where the file came from, or give one of the options "
-                '"alpha" (with "rslora" if it was trained so) and "scaling"'
+                '"alpha" (with "rslora" if it was trained so) and "scaling" (on the command line '
+                "--format peft_file --set alpha=16)"
             )
         contradicted = settings is not None and self.rslora and not settings.rslora
         if contradicted or (told is not None and told != stated):

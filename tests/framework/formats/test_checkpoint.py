@@ -16,8 +16,15 @@ from safetensors.torch import save_file
 from adapters import make_adapter, write_peft_directory
 from checkpoints import Tensors, delta, distance, gaussian, save_model
 from unmerge.adapter import Adapter
-from unmerge.errors import AdapterError, ConfigError, NonFiniteError, UnsupportedAdapterError
+from unmerge.errors import (
+    AdapterError,
+    ConfigError,
+    IncompatibleAdaptersError,
+    NonFiniteError,
+    UnsupportedAdapterError,
+)
 from unmerge.formats import CheckpointFormat, read_adapter
+from unmerge.store import AdapterStore
 from unmerge.testing.memory import peak_bytes
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -615,3 +622,16 @@ def test_one_matrix_at_a_time(tmp_path: Path) -> None:
     matrix, factors = 4 * 600 * 400, 4 * 2 * (600 + 400)
     assert few > matrix
     assert many <= few + 10 * factors
+
+
+def test_a_base_without_a_name_is_known_by_its_digest(tmp_path: Path) -> None:
+    tuned = plus(base_tensors(), **{f"{Q}.weight": change(12, 12, seed=7)})
+    adapter = read(tmp_path, tuned)
+    assert adapter.base_model == record(adapter)["base"]["digest"]
+    store = AdapterStore.create(tmp_path / "zoo")
+    store.add(adapter)
+    other = {key: tensor + 1 for key, tensor in base_tensors().items()}
+    base = save_model(tmp_path / "other", other)
+    stranger = CheckpointFormat(base=str(base), rank=1).read(tmp_path / "sql", "stranger")
+    with pytest.raises(IncompatibleAdaptersError, match=r'base model "sha256:'):
+        store.add(stranger)
