@@ -184,7 +184,17 @@ def test_a_full_checkpoint_becomes_an_adapter_that_peft_reads(tmp_path: Path) ->
     assert torch.equal(kept, tuned["model.norm.weight"])
 
 
-def test_restoring_says_what_peft_has_no_place_for(tmp_path: Path) -> None:
+def test_restoring_an_adapter_of_another_format_names_the_way_back(tmp_path: Path) -> None:
+    zoo, out = tmp_path / "zoo", tmp_path / "out.rmb"
+    ok("init", zoo)
+    for seed, name in enumerate(("a", "b")):
+        ok("add", zoo, source(tmp_path / name, "kohya", seed, torch.float32), "--name", name)
+    ok("merge", zoo, out, "--method", "truncate", "--set", "rank=2")
+    said = ok("restore", out, "a", tmp_path / "back")
+    assert "note: modules are called as in kohya; a store gives the adapter back" in said
+
+
+def test_restoring_says_what_peft_does_not_load(tmp_path: Path) -> None:
     zoo, out = tmp_path / "zoo", tmp_path / "out.rmb"
     store = AdapterStore.create(zoo)
     head = {"model.norm.weight": torch.ones(4)}
@@ -194,18 +204,20 @@ def test_restoring_says_what_peft_has_no_place_for(tmp_path: Path) -> None:
     store.commit("two")
     ok("merge", zoo, out, "--method", "truncate", "--set", "rank=2")
     said = ok("restore", out, "a", tmp_path / "a")
-    assert f"PEFT has no place for model.norm.weight; kept in {VERBATIM_FILE} beside it" in said
+    assert "note: PEFT does not load model.norm.weight, which the adapter's own format " in said
+    assert f"(checkpoint) keeps whole; they are in {VERBATIM_FILE} beside it" in said
+    assert "unmerge export-adapter" not in said  # nothing is written as a checkpoint
     assert load_file(tmp_path / "a" / VERBATIM_FILE).keys() == head.keys()
     found = json.loads(ok("restore", out, "b", tmp_path / "b", "--json"))
     assert found["beside"] == ["model.norm.weight"]
 
 
-def test_nothing_is_said_where_peft_has_a_place_for_all(tmp_path: Path) -> None:
+def test_nothing_is_said_where_peft_loads_all(tmp_path: Path) -> None:
     zoo, out = tmp_path / "zoo", tmp_path / "out.rmb"
     ok("init", zoo)
     for seed, name in enumerate(("a", "b")):
         ok("add", zoo, source(tmp_path / name, "peft", seed, torch.float32))
     ok("merge", zoo, out, "--method", "truncate", "--set", "rank=2")
-    assert "no place" not in ok("restore", out, "a", tmp_path / "back")
+    assert "note:" not in ok("restore", out, "a", tmp_path / "back")
     found = json.loads(ok("restore", out, "b", tmp_path / "b-back", "--json"))
     assert found["beside"] == []

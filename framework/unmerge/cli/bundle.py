@@ -24,7 +24,8 @@ from unmerge.cli.output import (
     size,
 )
 from unmerge.errors import ConfigError, IncompatibleAdaptersError
-from unmerge.formats import read_adapter
+from unmerge.exporting import writable
+from unmerge.formats import default_formats, read_adapter
 from unmerge_bundle import Appended, BundleError, SavedAdapter
 from unmerge_bundle.arrays import FloatDtype
 from unmerge_bundle.peft import VERBATIM_FILE
@@ -178,7 +179,9 @@ def restore(
             f"note: PEFT does not load {some(saved.beside)}, which the adapter's own format "
             f"({restored.format}) keeps whole; they are in {VERBATIM_FILE} beside it"
         )
-    if restored.format != "peft":
+    formats = default_formats()
+    foreign = restored.format != "peft" and restored.format in formats
+    if foreign and writable(formats[restored.format].format):
         say(
             f"note: modules are called as in {restored.format}; a store gives the adapter back in "
             "its own format (unmerge export-adapter)"
