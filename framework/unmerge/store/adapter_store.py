@@ -179,7 +179,7 @@ class AdapterStore:
                 temporary file cannot be written.
         """
         self._check_writable()
-        if link is not None and _is_remote(self._repository):
+        if link is not None and not self._repository.is_local:
             raise StoreError(
                 f"{self.address}: nothing can be linked to a store on S3, whose readers may not "
                 "have the files; add adapters without --link"
@@ -564,8 +564,4 @@ def _annotated(
 
 def _scratch(repository: StoreRepository) -> Path | None:
     """Where large temporary files belong: beside the data, if that is on a local disk."""
-    return None if _is_remote(repository) else repository.path
-
-
-def _is_remote(repository: StoreRepository) -> bool:
-    return repository.address.startswith("s3://")
+    return repository.path if repository.is_local else None

@@ -281,7 +281,7 @@ def _moved(record: StoredAdapter, moved: Mapping[str, Mapping[int, int]]) -> Sto
 
 def _size(repository: StoreRepository) -> int | None:
     """Return the bytes of all files of a local store."""
-    if repository.address.startswith("s3://"):
+    if not repository.is_local:
         return None
     with backend(f"{repository.address}: cannot be read"):
         files = [Path(folder, n) for folder, _, names in os.walk(repository.path) for n in names]

@@ -101,6 +101,11 @@ class StoreRepository:
             raise StoreError(f"{self.address}: is no local directory")
         return self._place.path
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the repository is in a local directory, which `path` gives then."""
+        return isinstance(self._place, LocalPlace)
+
     def lock(self) -> AbstractContextManager[object]:
         """Return a lock that excludes every other writer of this machine; nothing on S3."""
         return self._place.lock()
